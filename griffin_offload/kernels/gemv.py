@@ -317,7 +317,7 @@ class GemvKernels:
         group = _INT8_GROUP if layout == "int8" else _GROUP if layout in _TILED else _HALF
         groups, numbers = parts * -(-inputs // group), parts * -(-inputs // _FILLED) * _FILLED // 2
         by_lanes = self._lanes and layout == "int4_rows"
-        return Way(_BY_LANES if by_lanes else self.uses_bytes, parts, group, (groups, numbers, groups, groups * _LANES))
+        return Way(_BY_LANES if by_lanes else self.uses_bytes, parts, group, (groups, numbers, groups, _LANES))
 
     def _by_tiles(self, kind: Kind, rows: int) -> Way:
         if kind.dtype != torch.bfloat16 or not 0 < rows <= TILE_ROWS or not self._library.sums_tiles:

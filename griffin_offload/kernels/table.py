@@ -231,7 +231,7 @@ _NUMBERS = frozenset(NUMBER_TYPES)
 _SHORT = frozenset((torch.int8, torch.uint8, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2))
 _FEW_BITS = (4, 3, 2)  # of formats in groups
 # From so many rows on a matrix is better turned into bfloat16, where nothing multiplies whole tiles (Zen 4).
-_PAIRS_FROM = {"int4_strips": 11, "int3_strips": 12, "int2_strips": 18, "int3_rows": 23, "int2_rows": 23}
+_PAIRS_FROM = {"int8": 11, "int4_strips": 11, "int3_strips": 12, "int2_strips": 18, "int3_rows": 23, "int2_rows": 23}
 _RESIDENT = ("int8", *(f"int{bits}_{form}" for bits in _FEW_BITS for form in ("rows", "strips")))
 
 
@@ -300,7 +300,7 @@ def _products_of_ours() -> list[Kernel]:
     return [
         *_by_tiles(),
         *_gemm("AMX", _has("sums_tiles", "AMX"), torch.bfloat16, {"int8": 17, **dict.fromkeys(_RESIDENT[1:], 24)}),
-        *_gemm("AVX512-BF16", _pairs, torch.bfloat16, {"int8": 7, **_PAIRS_FROM}),
+        *_gemm("AVX512-BF16", _pairs, torch.bfloat16, _PAIRS_FROM),
         *_gemm("AVX2", _float32, torch.float32, {}),
         *(
             Kernel(

@@ -24,9 +24,9 @@ typedef struct {
     float *sums;             /* [rows * parts, outputs]: the product in float32 */
     /* Made of x, for all threads: */
     float *floats;           /* [rows, inputs]: what is not made into numbers beforehand */
-    int16_t *numbers;        /* [rows * parts, inputs]; if `wide`, of each row all upper and then all lower bytes */
+    int16_t *numbers;        /* [rows * parts, inputs]; of matrices of 2 to 4 bits bytes, as gemv.h says */
     float *step;             /* [rows * parts, groups]: the groups' scales */
-    int32_t *lanes;          /* [rows * parts, groups, 16], wide int8: -128 times the numbers that each lane sums */
+    int32_t *lanes;          /* of strips by tiles a table; of rows what may be read behind their steps */
     int64_t rows, parts, outputs, features, inputs, group, x_type, scale_type, threads;
     int64_t wide;            /* 1: by AVX-512, 2: many rows by AMX */
     int64_t ahead;           /* whether weights are asked for before they are needed */

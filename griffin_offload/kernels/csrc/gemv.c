@@ -36,14 +36,6 @@ AVX2 INLINED void quantize_group(float *values, int64_t count, float largest, in
     }
 }
 
-/* Numbers [count] from input `start` on become bytes: number = 256 * upper + lower, both signed. */
-AVX2 INLINED void split_bytes(const int16_t *numbers, int64_t count, int8_t *upper, int8_t *lower) {
-    for (int64_t k = 0; k < count; k++) {
-        upper[k] = (int8_t)((numbers[k] + 128) >> 8);
-        lower[k] = (int8_t)numbers[k];
-    }
-}
-
 /* `count` inputs of a row as they are multiplied by the weights. */
 AVX2 INLINED void inputs_of(const Product *p, int64_t row, int64_t start, int64_t count, float *values) {
     widen(p->x, row * p->inputs + start, count, p->x_type, values);
@@ -56,17 +48,14 @@ AVX2 INLINED void inputs_of(const Product *p, int64_t row, int64_t start, int64_
 AVX2 static void quantize(const Product *p) {
     const int64_t groups = groups_of(p);
     float values[MOST_GROUP];
-    int16_t numbers[MOST_GROUP];
     for (int64_t row = 0; row < p->rows; row++)
         for (int64_t group = 0; group < groups; group++) {
-            int64_t start = group * p->group, count = least(p->group, p->inputs - start);
+            const int64_t start = group * p->group, count = least(p->group, p->inputs - start);
             inputs_of(p, row, start, count, values);
             for (int64_t part = row * p->parts; part < (row + 1) * p->parts; part++) {
-                int16_t *whole = p->numbers + part * p->inputs, *to = p->wide ? numbers : whole + start;
-                int8_t *upper = (int8_t *)whole + start;
                 int32_t sum;
-                quantize_group(values, count, LARGEST, to, p->step + part * groups + group, &sum);
-                if (p->wide) split_bytes(numbers, count, upper, upper + p->inputs);
+                quantize_group(values, count, LARGEST, p->numbers + part * p->inputs + start,
+                               p->step + part * groups + group, &sum);
             }
         }
 }
@@ -141,12 +130,8 @@ typedef struct {
 } Form;
 
 static void quantize_for_int8(const Product *p) {
-    if (p->wide == BY_TILES) {
-        int8_for_tiles(p);
-        return;
-    }
-    quantize(p);
-    if (p->wide) int8_lanes(p);
+    if (p->wide == BY_TILES) int8_for_tiles(p);
+    else quantize(p);
 }
 
 static void quantize_for_int4(const Product *p) {

@@ -12,17 +12,12 @@
 #define TURNS 4    /* outputs that are read in turns, so that more of them are on their way */
 #define AHEAD 4096 /* bytes, a page: where some processors stop looking ahead by themselves */
 #define LARGEST_BYTE 127
-#define LARGEST 32639 /* of numbers, = 127 * 256 + 127: its upper and lower bytes are signed */
+#define LARGEST 32639 /* of numbers of 16 bits */
 #define TINY 1e-30f   /* below it a group counts as zero, so that no scale overflows */
 #define FILLED 128    /* inputs of int4 rows whose codes fill a vector */
 
 INLINED void fetch_ahead(const void *from, int lines) {
     for (int i = 0; i < lines; i++) __builtin_prefetch((const char *)from + AHEAD + 64 * i);
-}
-
-/* The upper bytes of a row's numbers; the lower ones follow. */
-INLINED const int8_t *bytes_of(const Product *p, int64_t row) {
-    return (const int8_t *)(p->numbers + row * p->inputs);
 }
 
 /* Of a row where int4 rows are multiplied by bytes: its inputs, filled up with zeros. */
@@ -80,7 +75,6 @@ AVX2 INLINED __m256i as_bytes(__m256 *values, const __m256 *offset, float *large
 /* Each makes `sums` of outputs from `start` to `end`. */
 void int8_by_avx2(const void *product, int64_t start, int64_t end);
 void int8_by_vnni(const void *product, int64_t start, int64_t end);
-void int8_lanes(const Product *p);
 void int4_rows_by_avx2(const void *product, int64_t start, int64_t end);
 void int4_rows_by_vnni(const void *product, int64_t start, int64_t end);
 void int4_rows_by_lanes(const void *product, int64_t start, int64_t end);
