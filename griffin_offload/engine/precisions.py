@@ -135,10 +135,11 @@ def _beyond_small(held: Mapping[int, set[str]], parts: ModelParts) -> dict[int, 
 
 def _copied_share(parts: ModelParts, *kept: Mapping[int, set[str]]) -> float:
     """Of the layers of a copy, those that are as in a file of four bits: that is told by their down projections, of
-    which names are `kept`."""
+    which names are `kept`. A few lie so in any copy."""
     layers = enumerate(zip(parts.decoder, parts.blocks, strict=True))
     downs = [(i, n) for i, (layer, own) in layers for n in linear_names(layer) if own.is_down(layer.get_submodule(n))]
-    return sum(any(name in names.get(i, ()) for names in kept) for i, name in downs) / max(len(downs), 1)
+    share = sum(any(name in names.get(i, ()) for names in kept) for i, name in downs) / max(len(downs), 1)
+    return share if share >= _MOST_ON_GRIDS else 0.0
 
 
 def _layer_matrices(checkpoint: Checkpoint) -> list[tuple[re.Match[str], StoredTensor]]:

@@ -34,7 +34,7 @@ from griffin_offload.engine.calibration import Inputs
 from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, one_line
 from griffin_offload.formats import SMALL_MATRICES, Format, get
 from griffin_offload.formats.base import Tensors
-from griffin_offload.formats.compensation import Compensation
+from griffin_offload.formats.compensation import Compensation, has_huge_token
 from griffin_offload.formats.expert_form import RECORDS, ExpertForm
 from griffin_offload.formats.translated import Codes, TranslatedTensor, row_parts, stored_bytes
 from griffin_offload.transformers_api import StockModel
@@ -277,13 +277,18 @@ class Quantizing:
         self, prefix: str, name: str, matrix: Tensor, codes: Codes | None, *, neurons: bool, is_down: bool
     ) -> Tensors:
         """The stored tensors of `matrix` [O, I], the module `name` of the layer; whether it holds `neurons`, and the
-        `codes` of its rows, if they lie on grids: making up for errors would leave them."""
+        `codes` of its rows, if they lie on grids: making up for errors would leave them.
+
+        A down projection lies in rows where it has such codes, and where some tokens are huge: an output's step can
+        be one that gives the few weights exactly that these hang on, a neuron's serves many outputs."""
         format = self._format if neurons else self._format.outside()
         format = SMALL_MATRICES if name in self._finer else format
-        is_down = is_down and not (codes is not None and fits_rows(format, *matrix.shape))
+        x = self._inputs.get(name)
+        in_rows = codes is not None or (x is not None and has_huge_token(x))
+        is_down = is_down and not (in_rows and fits_rows(format, *matrix.shape))
         found = None if codes is None or is_down else format.taken_over(codes, self._dtype)
         if found is None:
-            own = self._compensation(name, is_down=is_down) if format.wants_importance else None
+            own = self._compensation(x, is_down=is_down) if format.wants_importance else None
             found = format.quantize(matrix, self._dtype, is_down=is_down, compensation=own)
         self._missed.count(prefix + name, matrix, format, found, is_down=is_down)
         return found
@@ -298,8 +303,7 @@ class Quantizing:
         own, importance = self._format.rests_as(), self._inputs.get(EXPERTS_INPUT)
         return replace(block.form, precision=own, records=self._dtype, importance=importance)
 
-    def _compensation(self, name: str, *, is_down: bool) -> Compensation | None:
-        x = self._inputs.get(name)
+    def _compensation(self, x: Tensor | None, *, is_down: bool) -> Compensation | None:
         if x is None:
             return None
         if self._last is None or self._last[0] is not x:

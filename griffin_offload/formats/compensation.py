@@ -27,6 +27,9 @@ FLOOR = 0.5
 """Of the inputs' mean root mean square, squared: what an input counts that the page shows nothing of."""
 BLOCK = 32
 """Inputs whose grids are chosen together."""
+HUGE = 4.0
+"""Times the median token's inputs, by their length. First tokens' are ten to five hundred times as large in some layers
+of most models."""
 _A = SHRINKING / (1 - SHRINKING)
 _POWERS = 24
 
@@ -101,6 +104,13 @@ def known_of(x: Tensor) -> Tensor:
     leading = leading * (x @ leading).square().mean().sqrt() * units
     own = importance + (squares - leading.square()).clamp_(min=0) / _A
     return torch.stack([importance, leading, leading / torch.where(own == 0, 1, own)])
+
+
+def has_huge_token(x: Tensor) -> bool:
+    """Whether one of the inputs X [T, I] of a matrix is so much larger than most that all hangs on what a few
+    weights make of it."""
+    sizes = torch.linalg.vector_norm(_finite(x), dim=1)
+    return bool(sizes.max() > HUGE * sizes.median())
 
 
 def counts_of(known: Tensor | None) -> Tensor | None:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from griffin_offload import GriffinModel
 from griffin_offload.engine.convert import convert
-from griffin_offload.formats import grouped
+from griffin_offload.formats import compensation, grouped
 from griffin_offload.transformers_api import CACHE
 
 DOWN = "model.layers.{i}.mlp.down_proj"
@@ -94,6 +94,26 @@ def test_logits_stay_near_those_of_16_bit(precision, converted, density, always_
         assert _error(torch.stack(output.logits), expected) < LARGEST_ERROR[precision]
 
 
+@pytest.mark.parametrize("density", [1.0, 0.5])
+def test_where_tokens_are_huge_down_projections_lie_in_rows(density, outliers, dense, tmp_path, monkeypatch):
+    assert not any(name.endswith("down_proj.scale") for name in _stored(outliers("int4")))
+    monkeypatch.setattr(compensation, "HUGE", 0.5)  # so that every token is
+    convert(outliers(), tmp_path / "rows", "int4")
+    names = {name.removesuffix(".groups") for name in _stored(tmp_path / "rows") if name.endswith("down_proj.groups")}
+    assert {f"{name}.scale" for name in names} < set(_stored(tmp_path / "rows"))
+    model = _load(tmp_path / "rows", "int4", density)
+    output = model.generate(
+        PROMPT, max_new_tokens=NEW_TOKENS, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    assert model.last_report.peak_device_bytes <= model.plan.peak_bytes
+    expected = _dense_logits(dense, output.sequences, list(model.selected.values()) if density < 1 else [])
+    assert _error(torch.stack(output.logits), expected) < LARGEST_ERROR["int4"]
+
+
+def _stored(path: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
 def test_one_scale_a_row_would_lose_them(outliers):
     """What is asked above tells formats apart."""
     dense = AutoModelForCausalLM.from_pretrained(outliers(), dtype=torch.float32)
@@ -140,7 +160,7 @@ def test_weights_of_30_rms_come_back(precision: str, converted: bool, dtype: tor
     if converted:
         path = tmp_path / precision
         convert(tmp_path / "none", path, precision)
-        stored = {k: v for file in path.glob("*.safetensors") for k, v in load_file(file).items()}
+        stored = _stored(path)
         decode = lambda t: ref.grouped_matrix(t) if "groups" in t else _resident(t)  # noqa: E731
         _check_places(model, stored, decode, MOST_OFF[precision])
     loaded = _load(path, precision, 1.0)
@@ -169,7 +189,7 @@ def test_large_weights_that_are_missed_are_said_once(tmp_path: Path, monkeypatch
     path = _save(model, tmp_path / "model")
     with pytest.warns(UserWarning, match="large weights come back from int4") as warned:
         convert(path, tmp_path / "int4", "int4")
-    stored = {k: v for file in (tmp_path / "int4").glob("*.safetensors") for k, v in load_file(file).items()}
+    stored = _stored(tmp_path / "int4")
     count, worst = 0, (0.0, "")
     for name, matrix in ref.layer_matrices(model).items():
         parts = ("weight", "groups", "scale", "input_scale")
