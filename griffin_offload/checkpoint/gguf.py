@@ -26,8 +26,9 @@ from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
 from griffin_offload.checkpoint.config_files import config_from
 from griffin_offload.checkpoint.direct_io import Extent
 from griffin_offload.checkpoint.files import FileState, renamed, states_of
+from griffin_offload.checkpoint.gguf_architectures import config_of
 from griffin_offload.checkpoint.gguf_blocks import BlockDecoder, block_types, gguf_package
-from griffin_offload.checkpoint.gguf_config import LLAMA_ROWS, ROPE_TENSORS, Architecture, Described, config_of
+from griffin_offload.checkpoint.gguf_config import ROPE_TENSORS, Architecture, Described
 from griffin_offload.checkpoint.gguf_file import GgufFile, GgufTensor, is_gguf, read_gguf
 from griffin_offload.checkpoint.gguf_tokenizer import end_tokens, tokenizer_from
 from griffin_offload.checkpoint.renaming import Conversion, same_names
@@ -159,7 +160,7 @@ def open_gguf(path: Path) -> Checkpoint | None:
     types = block_types()
     headers = tuple(read_gguf(file, types) for file in files)
     described = Described(path, headers[0].metadata, _all(headers))
-    architecture, raw = config_of(described, MIXTURES)
+    architecture, raw = config_of(described)
     config = config_from(raw, path)
     dtype = _STORED_AS.get(_most_bytes(headers), _TRANSLATED_AS)
     names = _names(described, architecture, config, dtype)
@@ -337,55 +338,3 @@ class _Together:
             decode([part], 0, rows, made)
             if self.interleaved:
                 target.copy_(made)
-
-
-# What single architectures add.
-
-
-def _experts(described: Described, config: dict[str, object], count: str) -> None:
-    config[count] = described.integer("expert_count")
-    config["num_experts_per_tok"] = described.integer("expert_used_count")
-
-
-def _inner(described: Described, config: dict[str, object], key: str) -> None:
-    config[key] = described.integer("expert_feed_forward_length", config["intermediate_size"])
-
-
-def _mixtral(described: Described, config: dict[str, object]) -> None:
-    _experts(described, config, "num_local_experts")
-    config["sliding_window"] = None
-
-
-def _qwen2_moe(described: Described, config: dict[str, Any]) -> None:
-    _experts(described, config, "num_experts")
-    _inner(described, config, "moe_intermediate_size")
-    shared = described.integer("expert_shared_feed_forward_length", config["intermediate_size"])
-    config |= {"shared_expert_intermediate_size": shared, "norm_topk_prob": False}
-
-
-def _qwen3_moe(described: Described, config: dict[str, Any]) -> None:
-    _experts(described, config, "num_experts")
-    _inner(described, config, "moe_intermediate_size")
-    # As llama.cpp computes it, whatever the original's config said: files do not tell.
-    config |= {"norm_topk_prob": True, "attention_bias": described.has("blk.0.attn_q.bias")}
-
-
-def _gpt_oss(described: Described, config: dict[str, Any]) -> None:
-    _experts(described, config, "num_local_experts")
-    _inner(described, config, "intermediate_size")
-    config["sliding_window"] = described.integer("attention.sliding_window")
-    layers = range(min(config["num_hidden_layers"], 2**16))
-    config["layer_types"] = ["full_attention" if layer % 2 else "sliding_attention" for layer in layers]
-    config["attention_bias"] = described.has("blk.0.attn_q.bias")
-    rope = config["rope_parameters"]
-    if rope["rope_type"] == "yarn":
-        rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
-
-
-MIXTURES: Mapping[str, Architecture] = {
-    "llama": Architecture("mixtral", "llama", _mixtral, rows=LLAMA_ROWS),
-    "qwen2moe": Architecture("qwen2_moe", "qwen2moe", _qwen2_moe),
-    "qwen3moe": Architecture("qwen3_moe", "qwen3moe", _qwen3_moe),
-    "gpt-oss": Architecture("gpt_oss", "gpt-oss", _gpt_oss),
-}
-"""By the name in general.architecture, of files that have experts."""

@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from griffin_offload.checkpoint.base import Checkpoint
-from griffin_offload.checkpoint.gguf import MIXTURES, GgufCheckpoint
+from griffin_offload.checkpoint.gguf import GgufCheckpoint
+from griffin_offload.checkpoint.gguf_architectures import ARCHITECTURES, MIXTURES
 from griffin_offload.checkpoint.gguf_blocks import block_types, gguf_package
-from griffin_offload.checkpoint.gguf_config import ARCHITECTURES, Architecture
+from griffin_offload.checkpoint.gguf_config import Architecture
 from griffin_offload.checkpoint.gguf_file import read_gguf
 from griffin_offload.checkpoint.gguf_tokenizer import CUTS, merges_whole_words, tokenizer_from
 from griffin_offload.errors import UnsupportedModel

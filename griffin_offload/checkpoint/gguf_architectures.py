@@ -1,0 +1,254 @@
+"""The architectures that are read from GGUF files, each with what its header says and transformers needs: one entry
+for each, dense ones and mixtures of experts."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from griffin_offload.checkpoint.gguf_config import Architecture, Described, RowOrder, common_config
+from griffin_offload.errors import UnsupportedModel
+
+# Layers of the models that divide by another size than their heads', as llama.cpp tells them: Gemma's with 27B.
+_GEMMA_27B = {"gemma2": 46, "gemma3": 62}
+_GEMMA3_PATTERN, _GEMMA3_LOCAL_THETA = 6, 10_000.0
+
+
+def config_of(described: Described) -> tuple[Architecture, dict[str, Any]]:
+    """The architecture, one of `MIXTURES` where there are experts, and what config.json would say. UnsupportedModel for
+    an architecture that is not read, CheckpointError for a header that lacks something."""
+    architecture = known(described)
+    config = common_config(described, architecture)
+    architecture.extend(described, config)
+    return architecture, config
+
+
+def known(described: Described) -> Architecture:
+    name, where = described.architecture, described.where
+    experts = described.metadata.get(f"{name}.expert_count", 0)
+    if experts or any("_exps." in tensor for tensor in described.tensors):
+        if name in MIXTURES:
+            return MIXTURES[name]
+        raise UnsupportedModel(
+            f"{where} is a mixture of {experts or 'several'} experts of the architecture {name}, which is not read "
+            f"from GGUF files: give the model's Hugging Face directory (read are {', '.join(sorted(MIXTURES))})"
+        )
+    if name not in ARCHITECTURES:
+        raise UnsupportedModel(
+            f"{where} is of the architecture {name}, which is not read from GGUF files: give the model's Hugging Face "
+            f"directory (read are {', '.join(sorted(ARCHITECTURES))})"
+        )
+    return ARCHITECTURES[name]
+
+
+# Rows of matrices that llama.cpp keeps in another order.
+
+
+def _pairs_apart(heads: str) -> RowOrder:
+    """Of q and k: llama.cpp turns neighbours, transformers the halves of a head."""
+
+    def count(config: Mapping[str, Any]) -> int:
+        return int(config[heads] * 2 * (config["head_dim"] // 2))
+
+    def index(config: Mapping[str, Any]) -> Tensor:
+        rows = torch.arange(count(config), dtype=torch.int64, device="cpu")
+        return rows.view(-1, config["head_dim"] // 2, 2).transpose(1, 2).reshape(-1)
+
+    return RowOrder(count, index)
+
+
+def _rows_of_qkv(config: Mapping[str, Any]) -> int:
+    heads, groups = config["num_attention_heads"], config["num_kv_heads"]
+    return int((heads + 2 * groups) * (config["hidden_size"] // heads))
+
+
+def _grouped_qkv(config: Mapping[str, Any]) -> Tensor:
+    """Queries, keys and values, each of all heads, back to heads in groups with the keys and values they share."""
+    heads, groups = config["num_attention_heads"], config["num_kv_heads"]
+    size = config["hidden_size"] // heads
+    q = torch.arange(heads * size, dtype=torch.int64, device="cpu")
+    kv = torch.arange(groups * size, dtype=torch.int64, device="cpu").view(groups, -1)
+    keys, values = kv + heads * size, kv + (heads + groups) * size
+    return torch.cat([q.view(groups, -1), keys, values], dim=1).reshape(-1)
+
+
+# What single architectures add.
+
+
+def _biases(described: Described, config: dict[str, object]) -> None:
+    config["attention_bias"] = described.has("blk.0.attn_q.bias")
+    config["mlp_bias"] = described.has("blk.0.ffn_up.bias")
+
+
+def _qwen3(described: Described, config: dict[str, object]) -> None:
+    config["attention_bias"] = described.has("blk.0.attn_q.bias")
+
+
+def _window(described: Described, config: dict[str, object]) -> None:
+    config["sliding_window"] = described.integer("attention.sliding_window", None) or None
+
+
+def _phi3(described: Described, config: dict[str, Any]) -> None:
+    _window(described, config)
+    trained = config["rope_parameters"].get("original_max_position_embeddings", config["max_position_embeddings"])
+    config["original_max_position_embeddings"] = trained
+
+
+def _gemma2(described: Described, config: dict[str, object]) -> None:
+    _window(described, config)
+    config["attn_logit_softcapping"] = described.number("attn_logit_softcapping", 50.0)
+    config["final_logit_softcapping"] = described.number("final_logit_softcapping", 30.0)
+    _query_scale(described, config)
+
+
+def _gemma3(described: Described, config: dict[str, Any]) -> None:
+    _window(described, config)
+    config["final_logit_softcapping"] = described.number("final_logit_softcapping", None)
+    _query_scale(described, config)
+    every = described.integer("attention.sliding_window_pattern", _GEMMA3_PATTERN)
+    layers = range(min(config["num_hidden_layers"], 2**16))
+    config["layer_types"] = [
+        "sliding_attention" if every and (layer + 1) % every else "full_attention" for layer in layers
+    ]
+    local = described.number("rope.freq_base_swa", _GEMMA3_LOCAL_THETA)
+    config["rope_parameters"] = {
+        "full_attention": config["rope_parameters"],
+        "sliding_attention": {"rope_type": "default", "rope_theta": float(local)},
+    }
+
+
+def _query_scale(described: Described, config: dict[str, Any]) -> None:
+    large = config["num_hidden_layers"] == _GEMMA_27B[described.architecture]
+    size = config["hidden_size"] // config["num_attention_heads"] if large else config["head_dim"]
+    config["query_pre_attn_scalar"] = size
+
+
+def _stablelm(described: Described, config: dict[str, Any]) -> None:
+    config["use_qkv_bias"] = described.has("blk.0.attn_q.bias")
+    config["use_parallel_residual"] = not described.has("blk.0.ffn_norm.weight")
+    config["qk_layernorm"] = described.has("blk.0.attn_q_norm.weight")
+    config["partial_rotary_factor"] = config["rope_parameters"].get("partial_rotary_factor", 1.0)
+
+
+def _starcoder2(described: Described, config: dict[str, Any]) -> None:
+    _window(described, config)
+    config["use_bias"] = described.has("blk.0.attn_q.bias")
+
+
+def _nemotron(described: Described, config: dict[str, Any]) -> None:
+    _biases(described, config)
+    config["partial_rotary_factor"] = config["rope_parameters"].get("partial_rotary_factor", 1.0)
+
+
+def _falcon(described: Described, config: dict[str, Any]) -> None:
+    groups, _ = config.pop("num_key_value_heads"), config.pop("head_dim")
+    two_norms = described.has("blk.0.attn_norm_2.weight")
+    config |= {
+        "ffn_hidden_size": config.pop("intermediate_size"),
+        "num_kv_heads": groups,
+        "new_decoder_architecture": groups > 1,
+        "multi_query": groups == 1,
+        "num_ln_in_parallel_attn": 2 if two_norms else 1 if groups > 1 else None,
+        "bias": described.has("blk.0.attn_qkv.bias"),
+        "parallel_attn": not described.has("blk.0.ffn_norm.weight"),
+    }
+
+
+def _gpt2(described: Described, config: dict[str, object]) -> None:
+    config |= {"n_inner": config.pop("intermediate_size"), "n_positions": config["max_position_embeddings"]}
+    for key in ("num_key_value_heads", "head_dim", "max_position_embeddings"):
+        del config[key]
+
+
+def _bloom(described: Described, config: dict[str, Any]) -> None:
+    config["num_kv_heads"] = config["num_attention_heads"]
+    wanted, found = 4 * config["hidden_size"], config.pop("intermediate_size")
+    if found != wanted:
+        raise UnsupportedModel(f"{described.where}: a feed-forward of {found} neurons, BLOOM's have {wanted}")
+    for key in ("num_key_value_heads", "head_dim", "max_position_embeddings"):
+        del config[key]
+
+
+def _lfm2(described: Described, config: dict[str, Any]) -> None:
+    config["norm_eps"] = config.pop("rms_norm_eps")
+    config |= {"block_auto_adjust_ff_dim": False, "conv_L_cache": described.integer("shortconv.l_cache")}
+    config["conv_bias"] = any(name.endswith("shortconv.in_proj.bias") for name in described.tensors)
+    layers = range(min(config["num_hidden_layers"], 2**16))
+    attends = [described.has(f"blk.{layer}.attn_q.weight") for layer in layers]
+    config["layer_types"] = ["full_attention" if yes else "conv" for yes in attends]
+
+
+# Of mixtures of experts.
+
+
+def _experts(described: Described, config: dict[str, object], count: str) -> None:
+    config[count] = described.integer("expert_count")
+    config["num_experts_per_tok"] = described.integer("expert_used_count")
+
+
+def _inner(described: Described, config: dict[str, object], key: str) -> None:
+    config[key] = described.integer("expert_feed_forward_length", config["intermediate_size"])
+
+
+def _mixtral(described: Described, config: dict[str, object]) -> None:
+    _experts(described, config, "num_local_experts")
+    config["sliding_window"] = None
+
+
+def _qwen2_moe(described: Described, config: dict[str, Any]) -> None:
+    _experts(described, config, "num_experts")
+    _inner(described, config, "moe_intermediate_size")
+    shared = described.integer("expert_shared_feed_forward_length", config["intermediate_size"])
+    config |= {"shared_expert_intermediate_size": shared, "norm_topk_prob": False}
+
+
+def _qwen3_moe(described: Described, config: dict[str, Any]) -> None:
+    _experts(described, config, "num_experts")
+    _inner(described, config, "moe_intermediate_size")
+    # As llama.cpp computes it, whatever the original's config said: files do not tell.
+    config |= {"norm_topk_prob": True, "attention_bias": described.has("blk.0.attn_q.bias")}
+
+
+def _gpt_oss(described: Described, config: dict[str, Any]) -> None:
+    _experts(described, config, "num_local_experts")
+    _inner(described, config, "intermediate_size")
+    config["sliding_window"] = described.integer("attention.sliding_window")
+    layers = range(min(config["num_hidden_layers"], 2**16))
+    config["layer_types"] = ["full_attention" if layer % 2 else "sliding_attention" for layer in layers]
+    config["attention_bias"] = described.has("blk.0.attn_q.bias")
+    rope = config["rope_parameters"]
+    if rope["rope_type"] == "yarn":
+        rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+
+
+_QKV_ROWS = RowOrder(_rows_of_qkv, _grouped_qkv)
+LLAMA_ROWS = {"attn_q": _pairs_apart("num_attention_heads"), "attn_k": _pairs_apart("num_key_value_heads")}
+_CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+
+
+ARCHITECTURES = {
+    "llama": Architecture("llama", "llama", _biases, rows=LLAMA_ROWS),
+    "qwen2": Architecture("qwen2", "qwen2"),
+    "qwen3": Architecture("qwen3", "qwen3", _qwen3),
+    "phi3": Architecture("phi3", "phi3", _phi3),
+    "gemma": Architecture("gemma", "gemma", norms_minus_one=True),
+    "gemma2": Architecture("gemma2", "gemma2", _gemma2, norms_minus_one=True),
+    "gemma3": Architecture("gemma3_text", "gemma3", _gemma3, norms_minus_one=True),
+    "stablelm": Architecture("stablelm", "stablelm", _stablelm, "layer_norm_eps"),
+    "starcoder2": Architecture("starcoder2", "starcoder2", _starcoder2, "norm_epsilon"),
+    "nemotron": Architecture("nemotron", "nemotron", _nemotron, "norm_eps", norms_minus_one=True),
+    "falcon": Architecture("falcon", "falcon", _falcon, "layer_norm_epsilon", {"attn_qkv": _QKV_ROWS}),
+    "gpt2": Architecture("gpt2", "gpt2", _gpt2, "layer_norm_epsilon", transposed=_CONV1D, rotary=False),
+    "bloom": Architecture("bloom", "bloom", _bloom, "layer_norm_epsilon", {"attn_qkv": _QKV_ROWS}, rotary=False),
+    "lfm2": Architecture("lfm2", "lfm2", _lfm2, attends_in_some=True),
+}
+"""By the name in general.architecture."""
+
+MIXTURES: Mapping[str, Architecture] = {
+    "llama": Architecture("mixtral", "llama", _mixtral, rows=LLAMA_ROWS),
+    "qwen2moe": Architecture("qwen2_moe", "qwen2moe", _qwen2_moe),
+    "qwen3moe": Architecture("qwen3_moe", "qwen3moe", _qwen3_moe),
+    "gpt-oss": Architecture("gpt_oss", "gpt-oss", _gpt_oss),
+}
+"""By the name in general.architecture, of files that have experts."""
