@@ -4,15 +4,20 @@ for each, dense ones and mixtures of experts."""
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from griffin_offload.checkpoint.gguf_config import Architecture, Described, RowOrder, common_config
-from griffin_offload.errors import UnsupportedModel
+from griffin_offload.errors import CheckpointError, UnsupportedModel
 
 # Layers of the models that divide by another size than their heads', as llama.cpp tells them: Gemma's with 27B.
 _GEMMA_27B = {"gemma2": 46, "gemma3": 62}
 _GEMMA3_PATTERN, _GEMMA3_LOCAL_THETA = 6, 10_000.0
+# Every so-manyth layer of Llama 4 sees all tokens and has no positions, the others see chunks; and how many experts
+# the model has that does not norm queries and keys.
+_LLAMA4_PATTERN, _LLAMA4_CHUNK, _LLAMA4_WITHOUT_NORM = 4, 8192, 128
+_MOST_SECTIONS = 8
 
 
 def config_of(described: Described) -> tuple[Architecture, dict[str, Any]]:
@@ -179,6 +184,51 @@ def _lfm2(described: Described, config: dict[str, Any]) -> None:
     config["layer_types"] = ["full_attention" if yes else "conv" for yes in attends]
 
 
+def _qwen3_5(described: Described, config: dict[str, Any]) -> None:
+    keys, values = described.integer("ssm.group_count"), described.integer("ssm.time_step_rank")
+    if keys < 1 or values < 1:
+        raise CheckpointError(f"{described.where} says that its states have {keys} heads of keys, {values} of values")
+    config |= {
+        "linear_num_key_heads": keys,
+        "linear_num_value_heads": values,
+        "linear_key_head_dim": described.integer("ssm.state_size"),
+        "linear_value_head_dim": described.integer("ssm.inner_size") // values,
+        "linear_conv_kernel_dim": described.integer("ssm.conv_kernel"),
+        "layer_types": _every(described.integer("full_attention_interval", 4), config, "linear_attention"),
+    }
+    sections = described.metadata.get(f"{described.architecture}.rope.dimension_sections")
+    rope = {"partial_rotary_factor": 1.0, "mrope_interleaved": True} | config["rope_parameters"]
+    if isinstance(sections, np.ndarray) and sections.size <= _MOST_SECTIONS:  # of images' positions; a text's are alike
+        rope["mrope_section"] = [int(section) for section in sections if section]
+    config["rope_parameters"] = rope
+
+
+def _every(interval: int, config: dict[str, Any], others: str) -> list[str]:
+    """Types of layers of which every so-manyth attends to all."""
+    layers = range(min(config["num_hidden_layers"], 2**16))
+    return [others if interval < 1 or (layer + 1) % interval else "full_attention" for layer in layers]
+
+
+def _llama4(described: Described, config: dict[str, Any]) -> None:
+    """What files do not say llama.cpp has as constants, which are those of all that was published."""
+    layers = range(min(config["num_hidden_layers"], 2**16))
+    every, whole = described.integer("interleave_moe_layer_step"), described.integer("attention.sliding_window", 1) == 0
+    kinds = _every(0 if whole else _LLAMA4_PATTERN, config, "full_attention" if whole else "chunked_attention")
+    count = described.integer("expert_count", 0)
+    config |= {
+        "intermediate_size_mlp": config["intermediate_size"],
+        "interleave_moe_layer_step": every,
+        "moe_layers": [layer for layer in layers if every > 0 and (layer + 1) % every == 0],
+        "layer_types": kinds,
+        "no_rope_layers": [int(whole or kind == "chunked_attention") for kind in kinds],
+        "attention_chunk_size": _LLAMA4_CHUNK,
+        "use_qk_norm": count != _LLAMA4_WITHOUT_NORM,
+        "attention_bias": described.has("blk.0.attn_q.bias"),
+    }
+    config["num_local_experts"], config["num_experts_per_tok"] = count, described.integer("expert_used_count", 1)
+    _inner(described, config, "intermediate_size")
+
+
 # Of mixtures of experts.
 
 
@@ -210,6 +260,11 @@ def _qwen3_moe(described: Described, config: dict[str, Any]) -> None:
     config |= {"norm_topk_prob": True, "attention_bias": described.has("blk.0.attn_q.bias")}
 
 
+def _qwen3_5_moe(described: Described, config: dict[str, Any]) -> None:
+    _qwen2_moe(described, config)
+    _qwen3_5(described, config)
+
+
 def _gpt_oss(described: Described, config: dict[str, Any]) -> None:
     _experts(described, config, "num_local_experts")
     _inner(described, config, "intermediate_size")
@@ -222,6 +277,39 @@ def _gpt_oss(described: Described, config: dict[str, Any]) -> None:
         rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
 
 
+def _heads_of_values(size: str | None, *, behind_keys: bool = False) -> RowOrder:
+    """Of linear attention: heads of values that share a head of keys lie beside each other in transformers, in files
+    the first ones of all heads of keys come first. Each has `size` rows, by the config, and may lie behind the
+    queries and keys."""
+
+    def before(config: Mapping[str, Any]) -> int:
+        return int(2 * config["linear_num_key_heads"] * config["linear_key_head_dim"]) if behind_keys else 0
+
+    def count(config: Mapping[str, Any]) -> int:
+        keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
+        return before(config) + values // keys * keys * (config[size] if size else 1)
+
+    def index(config: Mapping[str, Any]) -> Tensor:
+        first, keys = before(config), config["linear_num_key_heads"]
+        rows = torch.arange(count(config), dtype=torch.int64, device="cpu")
+        values = rows[first:].view(-1, keys, config[size] if size else 1).transpose(0, 1)
+        return torch.cat([rows[:first], values.reshape(-1)])
+
+    return RowOrder(count, index)
+
+
+_VALUES, _EACH_VALUE = _heads_of_values("linear_value_head_dim"), _heads_of_values(None)
+_BEHIND_KEYS = _heads_of_values("linear_value_head_dim", behind_keys=True)
+_QWEN3_5: dict[str, Any] = {
+    "rows": dict.fromkeys(("attn_qkv", "ssm_conv1d"), _BEHIND_KEYS)
+    | dict.fromkeys(("ssm_alpha", "ssm_beta", "ssm_dt", "ssm_a"), _EACH_VALUE)
+    | {"attn_gate": _VALUES},
+    "columns": {"ssm_out": _VALUES},
+    "norms_minus_one": True,
+    "renamed": {"linear_attn.dt_bias": "linear_attn.dt_proj.bias"},
+    "logs": ("ssm_a",),
+    "written": False,
+}
 _QKV_ROWS = RowOrder(_rows_of_qkv, _grouped_qkv)
 LLAMA_ROWS = {"attn_q": _pairs_apart("num_attention_heads"), "attn_k": _pairs_apart("num_key_value_heads")}
 _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -242,6 +330,8 @@ ARCHITECTURES = {
     "gpt2": Architecture("gpt2", "gpt2", _gpt2, "layer_norm_epsilon", transposed=_CONV1D, rotary=False),
     "bloom": Architecture("bloom", "bloom", _bloom, "layer_norm_epsilon", {"attn_qkv": _QKV_ROWS}, rotary=False),
     "lfm2": Architecture("lfm2", "lfm2", _lfm2, attends_in_some=True),
+    "qwen35": Architecture("qwen3_5_text", "qwen35", _qwen3_5, **_QWEN3_5),
+    "llama4": Architecture("llama4_text", "llama4", _llama4, written=False),
 }
 """By the name in general.architecture."""
 
@@ -249,6 +339,8 @@ MIXTURES: Mapping[str, Architecture] = {
     "llama": Architecture("mixtral", "llama", _mixtral, rows=LLAMA_ROWS),
     "qwen2moe": Architecture("qwen2_moe", "qwen2moe", _qwen2_moe),
     "qwen3moe": Architecture("qwen3_moe", "qwen3moe", _qwen3_moe),
+    "qwen35moe": Architecture("qwen3_5_moe_text", "qwen35moe", _qwen3_5_moe, **_QWEN3_5),
     "gpt-oss": Architecture("gpt_oss", "gpt-oss", _gpt_oss),
+    "llama4": Architecture("llama4_text", "llama4", _llama4, written=False),
 }
 """By the name in general.architecture, of files that have experts."""

@@ -21,6 +21,7 @@ from griffin_offload.errors import CheckpointError, UnsupportedModel
 _MISSING: Any = object()
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _MOST_FACTORS = 4096
+_PLAIN_NORM = "ssm_norm.weight"
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,11 @@ class Described:
     def number(self, key: str, default: object = _MISSING) -> Any:
         return self.get(key, (int, float), default)
 
+    @property
+    def drafting_layers(self) -> int:
+        """Layers behind the model's that predict further tokens: llama.cpp's drafts, of which transformers has none."""
+        return int(self.integer("nextn_predict_layers", 0))
+
     def has(self, name: str) -> bool:
         return name in self.tensors
 
@@ -89,18 +95,18 @@ class Described:
 
 @dataclass(frozen=True)
 class RowOrder:
-    """Of a matrix whose rows llama.cpp keeps in another order, by the config."""
+    """Of a matrix whose rows, or columns, llama.cpp keeps in another order, by the config."""
 
     count: Callable[[Mapping[str, Any]], int]
     """Rows that it has to have."""
     index: Callable[[Mapping[str, Any]], Tensor]
     """Which row of the file is each of the model's, int64."""
 
-    def of(self, config: Mapping[str, Any], tensor: GgufTensor, where: Path) -> Tensor:
+    def of(self, config: Mapping[str, Any], tensor: GgufTensor, where: Path, *, axis: int = 0) -> Tensor:
         """That of `tensor`. CheckpointError where it has other rows: a config may lie, and ask for any number."""
-        wanted, there = self.count(config), tensor.shape[0]
+        wanted, there, what = self.count(config), tensor.shape[axis], ("columns" if axis else "rows")
         if wanted != there:
-            raise CheckpointError(f"{where}: {tensor.name} has {there} rows, by its heads it should have {wanted}")
+            raise CheckpointError(f"{where}: {tensor.name} has {there} {what}, by its heads it should have {wanted}")
         return self.index(config)
 
 
@@ -116,13 +122,25 @@ class Architecture:
     norm_eps: str = "rms_norm_eps"
     rows: Mapping[str, RowOrder] = field(default_factory=dict)
     """By the tensor's name behind the layer's number and without .weight or .bias."""
+    columns: Mapping[str, RowOrder] = field(default_factory=dict)
+    """The same of columns."""
     norms_minus_one: bool = False
     """Its norms are stored with 1 added."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """What the package's tables call names of transformers', by their ends."""
+    logs: tuple[str, ...] = ()
+    """Tensors of which files have what the model computes of them: -exp(x)."""
     transposed: tuple[str, ...] = ()
     """Ends of names in transformers, of matrices that lie there [inputs, outputs]."""
     rotary: bool = True
     attends_in_some: bool = False
     """Other layers have 0 heads of keys and values."""
+    written: bool = True
+    """Whether exports write such files."""
+
+    def adds(self, name: str) -> float:
+        """What all numbers of the tensor `name` of a file have more than the model's."""
+        return float(self.norms_minus_one and name.endswith("norm.weight") and not name.endswith(_PLAIN_NORM))
 
 
 def common_config(described: Described, architecture: Architecture) -> dict[str, Any]:
@@ -141,7 +159,7 @@ def common_config(described: Described, architecture: Architecture) -> dict[str,
         "vocab_size": embeddings.shape[0],
         "hidden_size": hidden,
         "intermediate_size": _neurons(described),
-        "num_hidden_layers": described.integer("block_count"),
+        "num_hidden_layers": described.integer("block_count") - described.drafting_layers,
         "num_attention_heads": heads,
         "num_key_value_heads": _kv_heads(described, architecture, heads),
         "head_dim": described.integer("attention.key_length", hidden // heads),

@@ -61,7 +61,7 @@ def architecture_of(config: PretrainedConfig, where: Path) -> tuple[str, Archite
     kind = config.model_type
     if kind == "mistral" and config.sliding_window is None:
         kind = "llama"  # the same model, and how llama.cpp has it
-    written = [*ARCHITECTURES.items(), *MIXTURES.items()]
+    written = [own for own in (*ARCHITECTURES.items(), *MIXTURES.items()) if own[1].written]
     for name, architecture in written:
         if architecture.model_type == kind:
             return name, architecture

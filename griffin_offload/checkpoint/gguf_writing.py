@@ -198,8 +198,8 @@ class GgufLayout:
         rows = self._architecture.rows.get(planned.name.removesuffix(".weight").removesuffix(".bias").split(".")[-1])
         if rows is not None:
             tensor = tensor[torch.argsort(rows.index(self._raw))]
-        if self._architecture.norms_minus_one and planned.name.endswith("norm.weight"):
-            tensor = tensor.float() + 1
+        if added := self._architecture.adds(planned.name):
+            tensor = tensor.float() + added
         if planned.parts:
             experts, part, parts = self._rows_of_experts(tensor), planned.part, planned.parts
             by_turns = self._architecture.model_type in INTERLEAVED

@@ -26,7 +26,7 @@ from griffin_offload.errors import CheckpointError, UnsupportedModel, UsageError
 IDS = torch.arange(5, 45)[None]
 OPTIONS = {"device": "cpu", "ctx_size": 64, "max_gpu_mem": "1GB", "quantize": "none"}
 NAMES = ["llama2", "llama3", "llama_bias", "mistral", "gemma", "gemma2", "gemma3", "qwen2", "qwen3", "phi3", "stablelm"]
-NAMES += ["starcoder2", "falcon_multi_query", "falcon_new", "gpt2", "bloom", "lfm2"]
+NAMES += ["starcoder2", "falcon_multi_query", "falcon_new", "gpt2", "bloom", "lfm2", "qwen3_5"]
 TABLE = ARCHITECTURES | HYBRIDS
 
 
@@ -70,6 +70,44 @@ def test_factors_of_frequencies_are_kept_beyond_the_trained_length(tmp_path: Pat
     plain = type(model)(model.config).eval()
     plain.load_state_dict(model.state_dict())
     assert not torch.allclose(logits_of(found, ids), logits_of(plain, ids), rtol=1e-2, atol=1e-2)
+
+
+def test_layers_that_draft_are_left_aside(tmp_path: Path):
+    """Qwen3.5's files may have llama.cpp's drafting layer behind the others, which transformers has no place for."""
+    model = TABLE["qwen3_5"].build()
+    layers = model.config.num_hidden_layers
+    plain = open_checkpoint(write_gguf(model, tmp_path / "plain.gguf"))
+    kinds = [*model.config.layer_types, "full_attention"]
+    settings = model.config.to_dict() | {"num_hidden_layers": layers + 1, "layer_types": kinds}
+    longer = type(model)(type(model.config)(**settings))
+    more = {"qwen35.nextn_predict_layers": 1}
+    path = write_gguf(longer, tmp_path / "drafts.gguf", more=more)
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.config.num_hidden_layers == layers
+    assert checkpoint.weight_bytes == plain.weight_bytes
+    assert checkpoint.tensors().keys() == plain.tensors().keys()
+
+
+@pytest.mark.parametrize("value_size", [32, 48])
+def test_columns_in_another_order_keep_their_codes(value_size: int, tmp_path: Path):
+    """Of linear attention's output: heads of whole groups on a grid keep their codes, others become numbers alone."""
+    sizes = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_value_head_dim": value_size}
+    config = transformers.Qwen3_5TextConfig(
+        **TABLE["qwen3_5"].build().config.to_dict() | sizes | {"hidden_size": 64, "intermediate_size": 96}
+    )
+    torch.manual_seed(0)
+    path = write_gguf(transformers.Qwen3_5ForCausalLM(config).eval(), tmp_path / "tiny.gguf", "Q4_1")
+    checkpoint = open_checkpoint(path)
+    stored = checkpoint.tensors()["model.layers.0.linear_attn.out_proj.weight"]
+    assert isinstance(stored.decode, BlockDecoder)
+    assert stored.decode.on_grids == (value_size % 32 == 0)
+    exact = torch.empty(stored.shape, dtype=torch.float32)
+    parts = [torch.from_numpy(np.fromfile(p.path, np.uint8, p.nbytes, offset=p.offset)) for p in stored.parts]
+    stored.decode(parts, 0, stored.shape[0], exact)
+    if stored.decode.on_grids:
+        rows = torch.tensor([5, 2, 3])
+        codes = stored.decode.coded(parts, stored.shape[0], rows)
+        torch.testing.assert_close(codes.numbers(), exact[rows], rtol=0, atol=1e-6)
 
 
 BLOCKS = ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4"]
