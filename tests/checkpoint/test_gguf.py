@@ -269,6 +269,24 @@ def test_digits_are_cut_as_the_file_says(checkpoints, tmp_path: Path):
     assert found == {"gpt-2": ["12"], "smollm": ["1", "2"]}
 
 
+@pytest.mark.parametrize(
+    ("kind", "text", "words"),
+    [  # what the makers' own tokenizer.json cut: o200k at capitals, Qwen3.5 no marks off their letters
+        ("gpt-4o", "HelloWorld don't 12345 a/\n", ["Hello", "World", " don't", " ", "123", "45", " a", "/\n"]),
+        ("llama4", "XMLParser CamelCase's", ["XMLParser", " Camel", "Case's"]),
+        ("qwen35", "e\u0301te\u0301 don't 12", ["e\u0301te\u0301", " don", "'t", " ", "1", "2"]),
+        ("qwen2", "e\u0301te", ["e", "\u0301te"]),
+    ],
+)
+def test_texts_are_cut_as_their_makers_cut_them(kind: str, text: str, words: list[str], checkpoints, tmp_path: Path):
+    """Files of gpt-oss say gpt-4o."""
+    tokens, path = checkpoints("llama2"), tmp_path / "tiny.gguf"
+    write_gguf(TABLE["llama2"].build(), path, tokenizer=tokens, more={"tokenizer.ggml.pre": kind})
+    backend = open_checkpoint(path).tokenizer().backend_tokenizer
+    cut = [text[first:end] for _, (first, end) in backend.pre_tokenizer.pre_tokenize_str(text)]
+    assert cut == words
+
+
 def test_sentencepiece_words_are_joined_by_score(tmp_path: Path):
     words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     words += ["\u2581", "a", "b", "ab", "ba", "\u2581a", "aba"]
