@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from foreign_formats import fp8_blocks
+from foreign_formats import FORMATS, Foreign, fp8_blocks
 from loaded_model import ids
 from marks import mostly_slow
 from packed_experts import write_mxfp4
@@ -199,6 +199,43 @@ def test_fp8_with_the_experts_of_a_layer_in_one_tensor(tmp_path: Path, turned: b
     with GriffinModel.from_pretrained(packed, device="cpu", max_gpu_mem="40MB", ctx_size=64, density=0.5) as model:
         first = model.generate(prompt, attention_mask=torch.ones_like(prompt), **GREEDY).logits[0]
     assert (first - theirs.logits[0]).abs().max() < 0.05 * theirs.logits[0].abs().max()
+
+
+def _one_by_one(directory: Path, foreign: Foreign) -> tuple[Path, Path]:
+    """Llama 4's experts, each matrix of each packed by itself, in rows of outputs; and the same numbers in bfloat16."""
+    source = write_checkpoint("llama4", directory / "source", torch.bfloat16, shards=1)
+    tensors = {key: tensor for file in source.glob("*.safetensors") for key, tensor in load_file(file).items()}
+    plain = dict(tensors)
+    for key in [key for key in tensors if key.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        names = ("gate_proj", "up_proj") if "gate_up" in key else ("down_proj",)
+        stem, numbers = key.rpartition(".")[0], []
+        for expert, matrix in enumerate(tensors.pop(key)):
+            parts = [foreign.pack(part.float().contiguous()) for part in matrix.t().chunk(len(names))]
+            for name, (packed, _) in zip(names, parts, strict=True):
+                tensors |= {f"{stem}.{expert}.{name}.{suffix}": tensor.clone() for suffix, tensor in packed.items()}
+            numbers.append(torch.cat([exact for _, exact in parts]).t())
+        plain[key] = torch.stack(numbers).bfloat16().contiguous()
+    config = json.loads((source / "config.json").read_text())
+    for kind, found, more in (("packed", tensors, {"quantization_config": foreign.said}), ("plain", plain, {})):
+        (directory / kind).mkdir()
+        save_file(found, directory / kind / "model.safetensors", {"format": "pt"})
+        (directory / kind / "config.json").write_text(json.dumps(config | more))
+    return directory / "packed", directory / "plain"
+
+
+@pytest.mark.parametrize(
+    ("method", "precisions"),
+    mostly_slow([("compressed fp8 rows", ("none", "int8", "int4")), ("compressed 4 bit", ("none", "int8"))], 1),
+)
+def test_llama_4_one_expert_after_the_other(method: str, precisions: tuple[str, ...], tmp_path: Path):
+    """As llm-compressor saves it, which quantises matrices of linear layers: transformers knows no such files."""
+    packed, plain = _one_by_one(tmp_path, FORMATS[method])
+    for precision in precisions:
+        expected = _answer(plain, quantize=precision, density=1.0)[1]
+        for density in (0.25, 1.0):
+            assert torch.equal(_answer(packed, quantize=precision, density=density)[1], expected)
+        convert(packed, tmp_path / precision, precision)
+        assert torch.equal(_answer(tmp_path / precision, quantize=precision, density=0.5)[1], expected)
 
 
 def test_fp8_scales_of_another_shape(tmp_path: Path):
