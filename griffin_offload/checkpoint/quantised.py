@@ -241,7 +241,8 @@ def _expected(config: PretrainedConfig, method: Method, dtype: torch.dtype) -> I
 
 def _is_packed(module: nn.Module, decoder: nn.ModuleList, method: Method) -> bool:
     inside = any(module is one for layer in decoder for one in layer.modules())
-    return inside and (isinstance(module, nn.Linear) if method.experts is None else is_experts(module))
+    # Experts are one module here; in files each of their matrices is packed by itself, but for what packs them alone.
+    return inside and (is_experts(module) or (method.experts is None and isinstance(module, nn.Linear)))
 
 
 def _nothing_to_decode(parts: object, first: int, end: int, into: Tensor) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from foreign_formats import FORMATS, Foreign, fp8_blocks
+from foreign_formats import FORMATS, Foreign, fp8_blocks, write_foreign
 from loaded_model import ids
 from marks import mostly_slow
 from packed_experts import write_mxfp4
@@ -18,7 +18,10 @@ from tiny_models import VOCAB, write_checkpoint
 from torch import Tensor
 
 from griffin_offload import GriffinModel
+from griffin_offload.checkpoint.registry import read_config
+from griffin_offload.config import LoadConfig
 from griffin_offload.engine.convert import convert
+from griffin_offload.engine.spec import examine, examine_checkpoint, plan_for
 from griffin_offload.errors import CheckpointError
 
 GREEDY = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 8}
@@ -236,6 +239,20 @@ def test_llama_4_one_expert_after_the_other(method: str, precisions: tuple[str, 
             assert torch.equal(_answer(packed, quantize=precision, density=density)[1], expected)
         convert(packed, tmp_path / precision, precision)
         assert torch.equal(_answer(tmp_path / precision, quantize=precision, density=0.5)[1], expected)
+
+
+def test_a_config_alone_plans_with_packed_experts(tmp_path: Path):
+    """Buffers for what is stored are beside those of what is made of it."""
+    source = write_checkpoint("qwen3_moe", tmp_path / "source", torch.bfloat16, shards=1)
+    write_foreign(source, tmp_path / "packed", FORMATS["compressed fp8 rows"], left_out="none")
+    sizes = {"device": "cpu", "ctx_size": 64, "max_gpu_mem": "1GB", "max_cpu_mem": None}
+    options = LoadConfig(**sizes, density=0.5, quantize="none")
+    files = plan_for(examine(tmp_path / "packed", options))
+    config = plan_for(examine_checkpoint(read_config(tmp_path / "packed" / "config.json"), options))
+    plain = plan_for(examine_checkpoint(read_config(source / "config.json"), options))
+    assert config.full_bytes == files.full_bytes
+    assert config.prefill_parts["slots"] == pytest.approx(files.prefill_parts["slots"], rel=0.05)
+    assert config.prefill_parts["slots"] > 1.2 * plain.prefill_parts["slots"]
 
 
 def test_fp8_scales_of_another_shape(tmp_path: Path):
