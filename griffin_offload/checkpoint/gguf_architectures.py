@@ -287,7 +287,7 @@ def _heads_of_values(size: str | None, *, behind_keys: bool = False) -> RowOrder
 
     def count(config: Mapping[str, Any]) -> int:
         keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
-        return before(config) + values // keys * keys * (config[size] if size else 1)
+        return before(config) + int(values // keys * keys * (config[size] if size else 1))
 
     def index(config: Mapping[str, Any]) -> Tensor:
         first, keys = before(config), config["linear_num_key_heads"]

@@ -12,7 +12,7 @@ import torch
 from griffin_offload.blocks.experts import Experts
 from griffin_offload.blocks.layouts import build_on_meta, find_feed_forwards
 from griffin_offload.blocks.model_shape import model_shape
-from griffin_offload.blocks.replace import finer_names, small_names
+from griffin_offload.blocks.replace import expert_names, finer_names, small_names
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.converted import ConversionInfo, check_shard
 from griffin_offload.checkpoint.registry import open_checkpoint
@@ -78,17 +78,26 @@ def convert(
             "out --embeddings"
         )
     format = get(precision)
-    has_experts = any(isinstance(block, Experts) for block in find_feed_forwards(meta, _layers_of(checkpoint))[1])
+    layers = list(zip(*find_feed_forwards(meta, _layers_of(checkpoint)), strict=True))
+    has_experts = any(isinstance(block, Experts) for _, block in layers)
     if format.holds and has_experts:
         raise UsageError(f"experts are of one format each, {precision} are of FF neurons: give int4")
     if format.is_plain and not has_experts:
         raise UsageError(f"{checkpoint.directory} has no experts, all that {precision} rewrites: give int8 or int4")
-    held = held_finer(checkpoint) if format is INT4 and not has_experts else {}
+    held = held_finer(checkpoint) if format is INT4 else {}
     finer = small_beside(format.outside(), checkpoint)
     shape = model_shape(meta, format, format, get(tables), finer=finer, held=held)
     records = RECORD_VERSION if has_experts else 0
     small = "" if shape.finer is None else shape.finer.name
-    mark = ConversionInfo(precision, checkpoint.fingerprint(), tables, records=records, small=small)
+    of_experts = {str(i): sorted(held[i] & expert_names(*layers[i]).keys()) for i in sorted(held)}
+    mark = ConversionInfo(
+        precision,
+        checkpoint.fingerprint(),
+        tables,
+        records=records,
+        small=small,
+        finer_experts={layer: names for layer, names in of_experts.items() if names},
+    )
     directory = CopyDirectory(out, "conversion", mark.entries(), mark.metadata(), partial(check_shard, mark=mark))
     if not held:
         _warn_of_finer(checkpoint, meta, format)
