@@ -5,10 +5,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from griffin_offload.checkpoint.gguf_config import Architecture, Described, RowOrder, common_config
+from griffin_offload.checkpoint.gguf_config import (
+    QKV_ROWS,
+    Architecture,
+    Described,
+    common_config,
+    heads_of_values,
+    pairs_apart,
+)
 from griffin_offload.errors import CheckpointError, UnsupportedModel
 
 # Layers of the models that divide by another size than their heads', as llama.cpp tells them: Gemma's with 27B.
@@ -17,7 +22,7 @@ _GEMMA3_PATTERN, _GEMMA3_LOCAL_THETA = 6, 10_000.0
 # Every so-manyth layer of Llama 4 sees all tokens and has no positions, the others see chunks; and how many experts
 # the model has that does not norm queries and keys.
 _LLAMA4_PATTERN, _LLAMA4_CHUNK, _LLAMA4_WITHOUT_NORM = 4, 8192, 128
-_MOST_SECTIONS = 8
+_MOST_SECTIONS, _NEVER_TURNS, _SIGMOID = 8, 1e20, 2
 
 
 def config_of(described: Described) -> tuple[Architecture, dict[str, Any]]:
@@ -45,37 +50,6 @@ def known(described: Described) -> Architecture:
             f"directory (read are {', '.join(sorted(ARCHITECTURES))})"
         )
     return ARCHITECTURES[name]
-
-
-# Rows of matrices that llama.cpp keeps in another order.
-
-
-def _pairs_apart(heads: str) -> RowOrder:
-    """Of q and k: llama.cpp turns neighbours, transformers the halves of a head."""
-
-    def count(config: Mapping[str, Any]) -> int:
-        return int(config[heads] * 2 * (config["head_dim"] // 2))
-
-    def index(config: Mapping[str, Any]) -> Tensor:
-        rows = torch.arange(count(config), dtype=torch.int64, device="cpu")
-        return rows.view(-1, config["head_dim"] // 2, 2).transpose(1, 2).reshape(-1)
-
-    return RowOrder(count, index)
-
-
-def _rows_of_qkv(config: Mapping[str, Any]) -> int:
-    heads, groups = config["num_attention_heads"], config["num_kv_heads"]
-    return int((heads + 2 * groups) * (config["hidden_size"] // heads))
-
-
-def _grouped_qkv(config: Mapping[str, Any]) -> Tensor:
-    """Queries, keys and values, each of all heads, back to heads in groups with the keys and values they share."""
-    heads, groups = config["num_attention_heads"], config["num_kv_heads"]
-    size = config["hidden_size"] // heads
-    q = torch.arange(heads * size, dtype=torch.int64, device="cpu")
-    kv = torch.arange(groups * size, dtype=torch.int64, device="cpu").view(groups, -1)
-    keys, values = kv + heads * size, kv + (heads + groups) * size
-    return torch.cat([q.view(groups, -1), keys, values], dim=1).reshape(-1)
 
 
 # What single architectures add.
@@ -203,6 +177,53 @@ def _qwen3_5(described: Described, config: dict[str, Any]) -> None:
     config["rope_parameters"] = rope
 
 
+def _gemma4(described: Described, config: dict[str, Any]) -> None:
+    layers = min(config["num_hidden_layers"], 2**16)
+    slides = [bool(slides) for slides in described.each("attention.sliding_window_pattern", layers)]
+    groups = described.each("attention.head_count_kv", layers, config["num_attention_heads"])
+    neurons, shared = described.each("feed_forward_length", layers), described.integer("attention.shared_kv_layers", 0)
+    narrow = neurons[0] if neurons else 0
+    doubled = [narrow * (2 if layer >= layers - shared else 1) for layer in range(layers)]
+    if neurons not in (doubled, [narrow] * layers):
+        raise UnsupportedModel(f"{described.where}: layers of {sorted(set(neurons))} neurons in no known order")
+    full = {str(layer): int(groups[layer]) for layer in range(layers) if not slides[layer]}
+    size, table = described.integer("attention.key_length"), described.tensors.get("per_layer_token_embd.weight")
+    _window(described, config)
+    config |= {
+        "intermediate_size": narrow,
+        "use_double_wide_mlp": neurons != [narrow] * layers,
+        "layer_types": ["sliding_attention" if own else "full_attention" for own in slides],
+        "head_dim": described.integer("attention.key_length_swa"),
+        "num_key_value_heads": next((n for n, own in zip(groups, slides, strict=True) if own), max(groups, default=1)),
+        "per_layer_config": {name: {"head_dim": size, "num_key_value_heads": own} for name, own in full.items()},
+        "attention_k_eq_v": any(not described.has(f"blk.{name}.attn_v.weight") for name in list(full)[:1]),
+        "num_kv_shared_layers": shared,
+        "hidden_size_per_layer_input": described.integer("embedding_length_per_layer_input", 0),
+        "vocab_size_per_layer_input": config["vocab_size"] if table is None else table.shape[0],
+        "final_logit_softcapping": described.number("final_logit_softcapping", None),
+        "rope_parameters": _gemma4_rope(described),
+    }
+
+
+def _gemma4_rope(described: Described) -> dict[str, Any]:
+    """Pairs of a whole layer's head that do not turn have a factor as good as infinite."""
+    kind, factors = described.get("rope.scaling.type", str, "none"), described.factors("rope_freqs.weight", np.inf)
+    turning = [factor for factor in factors or [1.0] if factor < _NEVER_TURNS]
+    if kind != "none" or any(factor != 1 for factor in turning):
+        raise UnsupportedModel(f"{described.where} scales rotary positions, which is not read of Gemma 4")
+    return {
+        "full_attention": {
+            "rope_type": "proportional",
+            "rope_theta": float(described.number("rope.freq_base")),
+            "partial_rotary_factor": len(turning) / len(factors or [1.0]),
+        },
+        "sliding_attention": {
+            "rope_type": "default",
+            "rope_theta": float(described.number("rope.freq_base_swa", _GEMMA3_LOCAL_THETA)),
+        },
+    }
+
+
 def _every(interval: int, config: dict[str, Any], others: str) -> list[str]:
     """Types of layers of which every so-manyth attends to all."""
     layers = range(min(config["num_hidden_layers"], 2**16))
@@ -265,6 +286,13 @@ def _qwen3_5_moe(described: Described, config: dict[str, Any]) -> None:
     _qwen3_5(described, config)
 
 
+def _minimax_m2(described: Described, config: dict[str, Any]) -> None:
+    _experts(described, config, "num_local_experts")
+    _inner(described, config, "intermediate_size")
+    if described.integer("expert_gating_func", _SIGMOID) != _SIGMOID:
+        raise UnsupportedModel(f"{described.where} weighs experts in another way than by sigmoids")
+
+
 def _gpt_oss(described: Described, config: dict[str, Any]) -> None:
     _experts(described, config, "num_local_experts")
     _inner(described, config, "intermediate_size")
@@ -277,29 +305,8 @@ def _gpt_oss(described: Described, config: dict[str, Any]) -> None:
         rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
 
 
-def _heads_of_values(size: str | None, *, behind_keys: bool = False) -> RowOrder:
-    """Of linear attention: heads of values that share a head of keys lie beside each other in transformers, in files
-    the first ones of all heads of keys come first. Each has `size` rows, by the config, and may lie behind the
-    queries and keys."""
-
-    def before(config: Mapping[str, Any]) -> int:
-        return int(2 * config["linear_num_key_heads"] * config["linear_key_head_dim"]) if behind_keys else 0
-
-    def count(config: Mapping[str, Any]) -> int:
-        keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
-        return before(config) + int(values // keys * keys * (config[size] if size else 1))
-
-    def index(config: Mapping[str, Any]) -> Tensor:
-        first, keys = before(config), config["linear_num_key_heads"]
-        rows = torch.arange(count(config), dtype=torch.int64, device="cpu")
-        values = rows[first:].view(-1, keys, config[size] if size else 1).transpose(0, 1)
-        return torch.cat([rows[:first], values.reshape(-1)])
-
-    return RowOrder(count, index)
-
-
-_VALUES, _EACH_VALUE = _heads_of_values("linear_value_head_dim"), _heads_of_values(None)
-_BEHIND_KEYS = _heads_of_values("linear_value_head_dim", behind_keys=True)
+_VALUES, _EACH_VALUE = heads_of_values("linear_value_head_dim"), heads_of_values(None)
+_BEHIND_KEYS = heads_of_values("linear_value_head_dim", behind_keys=True)
 _QWEN3_5: dict[str, Any] = {
     "rows": dict.fromkeys(("attn_qkv", "ssm_conv1d"), _BEHIND_KEYS)
     | dict.fromkeys(("ssm_alpha", "ssm_beta", "ssm_dt", "ssm_a"), _EACH_VALUE)
@@ -310,8 +317,8 @@ _QWEN3_5: dict[str, Any] = {
     "logs": ("ssm_a",),
     "written": False,
 }
-_QKV_ROWS = RowOrder(_rows_of_qkv, _grouped_qkv)
-LLAMA_ROWS = {"attn_q": _pairs_apart("num_attention_heads"), "attn_k": _pairs_apart("num_key_value_heads")}
+_CORRECTION = {"mlp.e_score_correction_bias": "mlp.e_score_correction.bias"}
+LLAMA_ROWS = {"attn_q": pairs_apart("num_attention_heads"), "attn_k": pairs_apart("num_key_value_heads")}
 _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
@@ -326,10 +333,11 @@ ARCHITECTURES = {
     "stablelm": Architecture("stablelm", "stablelm", _stablelm, "layer_norm_eps"),
     "starcoder2": Architecture("starcoder2", "starcoder2", _starcoder2, "norm_epsilon"),
     "nemotron": Architecture("nemotron", "nemotron", _nemotron, "norm_eps", norms_minus_one=True),
-    "falcon": Architecture("falcon", "falcon", _falcon, "layer_norm_epsilon", {"attn_qkv": _QKV_ROWS}),
+    "falcon": Architecture("falcon", "falcon", _falcon, "layer_norm_epsilon", {"attn_qkv": QKV_ROWS}),
     "gpt2": Architecture("gpt2", "gpt2", _gpt2, "layer_norm_epsilon", transposed=_CONV1D, rotary=False),
-    "bloom": Architecture("bloom", "bloom", _bloom, "layer_norm_epsilon", {"attn_qkv": _QKV_ROWS}, rotary=False),
-    "lfm2": Architecture("lfm2", "lfm2", _lfm2, attends_in_some=True),
+    "bloom": Architecture("bloom", "bloom", _bloom, "layer_norm_epsilon", {"attn_qkv": QKV_ROWS}, rotary=False),
+    "lfm2": Architecture("lfm2", "lfm2", _lfm2, layers_differ=True),
+    "gemma4": Architecture("gemma4_text", "gemma4", _gemma4, rotary=False, layers_differ=True, written=False),
     "qwen35": Architecture("qwen3_5_text", "qwen35", _qwen3_5, **_QWEN3_5),
     "llama4": Architecture("llama4_text", "llama4", _llama4, written=False),
 }
@@ -340,6 +348,7 @@ MIXTURES: Mapping[str, Architecture] = {
     "qwen2moe": Architecture("qwen2_moe", "qwen2moe", _qwen2_moe),
     "qwen3moe": Architecture("qwen3_moe", "qwen3moe", _qwen3_moe),
     "qwen35moe": Architecture("qwen3_5_moe_text", "qwen35moe", _qwen3_5_moe, **_QWEN3_5),
+    "minimax-m2": Architecture("minimax_m2", "minimax-m2", _minimax_m2, renamed=_CORRECTION, written=False),
     "gpt-oss": Architecture("gpt_oss", "gpt-oss", _gpt_oss),
     "llama4": Architecture("llama4_text", "llama4", _llama4, written=False),
 }

@@ -63,6 +63,17 @@ class Described:
             )
         return distinct[0].item()
 
+    def each(self, key: str, layers: int, default: object = _MISSING) -> list[Any]:
+        """A number or truth value for each of `layers`, where files have one for all or an array. CheckpointError for
+        an array of another length."""
+        found = self.metadata.get(f"{self.architecture}.{key}")
+        if not isinstance(found, np.ndarray):
+            return [self.get(key, (int, bool), default)] * layers
+        if len(found) != layers:
+            raise CheckpointError(f"{self.where} has {len(found)} values of {key} for {layers} layers")
+        values: list[Any] = found.tolist()
+        return values
+
     def integer(self, key: str, default: object = _MISSING) -> Any:
         return self.get(key, int, default)
 
@@ -77,8 +88,8 @@ class Described:
     def has(self, name: str) -> bool:
         return name in self.tensors
 
-    def factors(self, name: str) -> list[float] | None:
-        """The numbers of a small tensor of rotary factors; None where there is none."""
+    def factors(self, name: str, most: float = 1e6) -> list[float] | None:
+        """The numbers of a small tensor of rotary factors, all below `most`; None where there is none."""
         tensor = self.tensors.get(name)
         if tensor is None:
             return None
@@ -88,7 +99,7 @@ class Described:
             file.seek(tensor.extent.offset)
             content = bytearray(file.read(tensor.extent.nbytes))
         found: list[float] = numbers_of(torch.frombuffer(content, dtype=torch.uint8)[None], tensor.type)[0].tolist()
-        if not all(0 < factor < 1e6 for factor in found):
+        if not all(0 < factor < most for factor in found):
             raise CheckpointError(f"{self.where}: {name} holds factors that are not above 0")
         return found
 
@@ -133,8 +144,8 @@ class Architecture:
     transposed: tuple[str, ...] = ()
     """Ends of names in transformers, of matrices that lie there [inputs, outputs]."""
     rotary: bool = True
-    attends_in_some: bool = False
-    """Other layers have 0 heads of keys and values."""
+    layers_differ: bool = False
+    """In heads of keys and values, and in neurons, which files have an array of: `extend` says what each has."""
     written: bool = True
     """Whether exports write such files."""
 
@@ -158,7 +169,7 @@ def common_config(described: Described, architecture: Architecture) -> dict[str,
         "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[architecture.model_type]],
         "vocab_size": embeddings.shape[0],
         "hidden_size": hidden,
-        "intermediate_size": _neurons(described),
+        "intermediate_size": _neurons(described, architecture),
         "num_hidden_layers": described.integer("block_count") - described.drafting_layers,
         "num_attention_heads": heads,
         "num_key_value_heads": _kv_heads(described, architecture, heads),
@@ -171,16 +182,22 @@ def common_config(described: Described, architecture: Architecture) -> dict[str,
     return config | ({"rope_parameters": _rope(described, config)} if architecture.rotary else {})
 
 
-def _neurons(described: Described) -> Any:
+def _neurons(described: Described, architecture: Architecture) -> Any:
+    if (most := _most(described, architecture, "feed_forward_length")) is not None:
+        return most
     of_experts = described.integer("expert_feed_forward_length", None)
     return described.integer("feed_forward_length", *([] if of_experts is None else [of_experts]))
 
 
 def _kv_heads(described: Described, architecture: Architecture, heads: int) -> int:
-    found = described.metadata.get(f"{described.architecture}.attention.head_count_kv")
-    if architecture.attends_in_some and isinstance(found, np.ndarray) and found.size:
-        return int(found.max())
-    return int(described.integer("attention.head_count_kv", heads))
+    most = _most(described, architecture, "attention.head_count_kv")
+    return int(described.integer("attention.head_count_kv", heads)) if most is None else most
+
+
+def _most(described: Described, architecture: Architecture, key: str) -> int | None:
+    """Of any layer, where layers differ in it."""
+    found = described.metadata.get(f"{described.architecture}.{key}")
+    return int(found.max()) if architecture.layers_differ and isinstance(found, np.ndarray) and found.size else None
 
 
 _TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding"}
@@ -222,3 +239,59 @@ def _scaling(described: Described, config: dict[str, Any]) -> dict[str, Any]:
     if kind in ("none", "linear"):
         return {"rope_type": "linear", "factor": factor} if factor != 1 and kind != "none" else {}
     raise UnsupportedModel(f"{described.where} scales rotary positions by {kind!r}, which is not read")
+
+
+# Rows of matrices that llama.cpp keeps in another order.
+
+
+def pairs_apart(heads: str) -> RowOrder:
+    """Of q and k: llama.cpp turns neighbours, transformers the halves of a head."""
+
+    def count(config: Mapping[str, Any]) -> int:
+        return int(config[heads] * 2 * (config["head_dim"] // 2))
+
+    def index(config: Mapping[str, Any]) -> Tensor:
+        rows = torch.arange(count(config), dtype=torch.int64, device="cpu")
+        return rows.view(-1, config["head_dim"] // 2, 2).transpose(1, 2).reshape(-1)
+
+    return RowOrder(count, index)
+
+
+def _rows_of_qkv(config: Mapping[str, Any]) -> int:
+    heads, groups = config["num_attention_heads"], config["num_kv_heads"]
+    return int((heads + 2 * groups) * (config["hidden_size"] // heads))
+
+
+def _grouped_qkv(config: Mapping[str, Any]) -> Tensor:
+    """Queries, keys and values, each of all heads, back to heads in groups with the keys and values they share."""
+    heads, groups = config["num_attention_heads"], config["num_kv_heads"]
+    size = config["hidden_size"] // heads
+    q = torch.arange(heads * size, dtype=torch.int64, device="cpu")
+    kv = torch.arange(groups * size, dtype=torch.int64, device="cpu").view(groups, -1)
+    keys, values = kv + heads * size, kv + (heads + groups) * size
+    return torch.cat([q.view(groups, -1), keys, values], dim=1).reshape(-1)
+
+
+def heads_of_values(size: str | None, *, behind_keys: bool = False) -> RowOrder:
+    """Of linear attention: heads of values that share a head of keys lie beside each other in transformers, in files
+    the first ones of all heads of keys come first. Each has `size` rows, by the config, and may lie behind the
+    queries and keys."""
+
+    def before(config: Mapping[str, Any]) -> int:
+        return int(2 * config["linear_num_key_heads"] * config["linear_key_head_dim"]) if behind_keys else 0
+
+    def count(config: Mapping[str, Any]) -> int:
+        keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
+        return before(config) + int(values // keys * keys * (config[size] if size else 1))
+
+    def index(config: Mapping[str, Any]) -> Tensor:
+        first, keys = before(config), config["linear_num_key_heads"]
+        rows = torch.arange(count(config), dtype=torch.int64, device="cpu")
+        values = rows[first:].view(-1, keys, config[size] if size else 1).transpose(0, 1)
+        return torch.cat([rows[:first], values.reshape(-1)])
+
+    return RowOrder(count, index)
+
+
+QKV_ROWS = RowOrder(_rows_of_qkv, _grouped_qkv)
+"""Of queries, keys and values in one matrix."""

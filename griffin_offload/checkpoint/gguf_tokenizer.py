@@ -169,15 +169,16 @@ def _byte_level(header: GgufFile, tokens: Sequence[str], where: Path) -> Tokeniz
 
 
 def _sentencepiece(header: GgufFile, tokens: Sequence[str], where: Path) -> Tokenizer:
-    """Of Llama 2 and Gemma: pairs are joined by the score of what they become."""
-    scores = header.metadata.get("tokenizer.ggml.scores")
-    if scores is None or len(scores) != len(tokens):
+    """Of Llama 2 and Gemma: pairs are joined by the score of what they become, or (Gemma 4) by a list."""
+    scores, pairs = header.metadata.get("tokenizer.ggml.scores"), header.texts("tokenizer.ggml.merges")
+    if not pairs and (scores is None or len(scores) != len(tokens)):
         raise CheckpointError(f"{where} has {0 if scores is None else len(scores)} scores for {len(tokens)} tokens")
     gemma = str(header.metadata.get("general.architecture")).startswith("gemma")
     if gemma:  # words of spaces are written as spaces there
         tokens = [_SPACE * len(token) if token and not token.strip(" ") else token for token in tokens]
     vocabulary = {token: place for place, token in enumerate(tokens)}
-    merges = _merges(vocabulary, tokens, None if gemma else scores)
+    listed = [(left, right) for left, _, right in (pair.partition(" ") for pair in pairs)]
+    merges = listed or _merges(vocabulary, tokens, None if gemma else scores)
     unknown = header.metadata.get("tokenizer.ggml.unknown_token_id", 0)
     backend = Tokenizer(models.BPE(vocabulary, merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True))
     prefix = header.metadata.get("tokenizer.ggml.add_space_prefix", True) is not False
@@ -209,4 +210,4 @@ def _merges(vocabulary: Mapping[str, int], tokens: Sequence[str], scores: Any) -
     return [pair[3:] for pair in found]
 
 
-_BUILDERS = {"gpt2": _byte_level, "llama": _sentencepiece}
+_BUILDERS = {"gpt2": _byte_level, "llama": _sentencepiece, "gemma4": _sentencepiece}

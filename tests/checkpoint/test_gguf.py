@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from support.gguf_files import write_gguf
-from support.tiny_models import ARCHITECTURES, HYBRIDS
+from support.tiny_models import ARCHITECTURES, FURTHER, HYBRIDS
 
 from griffin_offload import GriffinModel
 from griffin_offload.checkpoint.gguf_blocks import BlockDecoder, block_types
@@ -26,8 +26,8 @@ from griffin_offload.errors import CheckpointError, UnsupportedModel, UsageError
 IDS = torch.arange(5, 45)[None]
 OPTIONS = {"device": "cpu", "ctx_size": 64, "max_gpu_mem": "1GB", "quantize": "none"}
 NAMES = ["llama2", "llama3", "llama_bias", "mistral", "gemma", "gemma2", "gemma3", "qwen2", "qwen3", "phi3", "stablelm"]
-NAMES += ["starcoder2", "falcon_multi_query", "falcon_new", "gpt2", "bloom", "lfm2", "qwen3_5"]
-TABLE = ARCHITECTURES | HYBRIDS
+NAMES += ["starcoder2", "falcon_multi_query", "falcon_new", "gpt2", "bloom", "lfm2", "qwen3_5", "gemma4"]
+TABLE = ARCHITECTURES | HYBRIDS | FURTHER
 
 
 def model_of(name: str) -> Any:
@@ -70,6 +70,28 @@ def test_factors_of_frequencies_are_kept_beyond_the_trained_length(tmp_path: Pat
     plain = type(model)(model.config).eval()
     plain.load_state_dict(model.state_dict())
     assert not torch.allclose(logits_of(found, ids), logits_of(plain, ids), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_double_wide_mlp": True, "num_kv_shared_layers": 3},
+        {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0},
+    ],
+)
+def test_layers_of_gemma_4_differ(settings: dict[str, Any], tmp_path: Path):
+    """As in its smaller and in its larger models: wider ones that share keys, whole ones of other heads."""
+    sizes = {"vocab_size": 320, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    sizes |= {"intermediate_size": 64, "num_hidden_layers": 6, "max_position_embeddings": 256, "sliding_window": 8}
+    sizes |= {"global_head_dim": 32, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 320}
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    torch.manual_seed(0)
+    model = transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**sizes | settings, layer_types=kinds)).eval()
+    for layer in model.model.layers:
+        layer.layer_scalar.fill_(0.7)
+    found = build(open_checkpoint(write_gguf(model, tmp_path / "tiny.gguf")))
+    torch.testing.assert_close(logits_of(found), logits_of(model), rtol=1e-5, atol=2e-5)
+    assert found.config.layer_types == kinds
 
 
 def test_layers_that_draft_are_left_aside(tmp_path: Path):
@@ -299,6 +321,22 @@ def test_sentencepiece_words_are_joined_by_score(tmp_path: Path):
     ids = tokenizer("aba bé")["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "\u2581a", "ba", "\u2581", "b", "<0xC3>", "<0xA9>"]
     assert tokenizer.decode(ids, skip_special_tokens=True) == "aba bé"
+
+
+def test_words_of_gemma_4_are_merged_by_its_list(tmp_path: Path):
+    """Spaces are letters, what is no word falls back to bytes, nothing is put in front."""
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words += ["\u2581", "a", "b", "\n", "ab", "\u2581a", "\u2581ab", "\n\n"]
+    more = {"tokenizer.ggml.model": "gemma4", "tokenizer.ggml.tokens": words, "tokenizer.ggml.add_bos_token": True}
+    more |= {"tokenizer.ggml.merges": ["a b", "\u2581 ab", "\u2581 a", "\n \n"], "tokenizer.ggml.scores": [0.0] * 268}
+    more |= {"tokenizer.ggml.token_type": [3, 3, 3, 2] + [6] * 256 + [1] * 8, "tokenizer.ggml.bos_token_id": 2}
+    more |= {"tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.unknown_token_id": 3}
+    tokenizer = open_checkpoint(write_gguf(TABLE["gemma4"].build(), tmp_path / "tiny.gguf", more=more)).tokenizer()
+    ids = tokenizer("ab ab a\n\n\u00e9")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == [
+        *("<bos>", "ab", "\u2581ab", "\u2581a", "\n\n", "<0xC3>", "<0xA9>"),
+    ]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "ab ab a\n\n\u00e9"
 
 
 def test_mixtures_and_unknown_architectures_are_refused_by_name(tmp_path: Path):

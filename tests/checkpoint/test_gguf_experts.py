@@ -18,7 +18,7 @@ from griffin_offload.engine.build import build
 from griffin_offload.engine.convert import convert
 from griffin_offload.errors import CheckpointError
 
-NAMES = ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4", "qwen3_5_moe"]
+NAMES = ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4", "qwen3_5_moe", "minimax_m2"]
 GREEDY = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 8}
 _PROMPT = ids(tokens=20) % (VOCAB - 8)
 

@@ -3,6 +3,7 @@ holds. Independent of the package: every rearrangement is written here again, in
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 
 _NAMES = {"gemma3_text": "gemma3", "mixtral": "llama", "gpt_oss": "gpt-oss"}
 _NAMES |= {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "llama4_text": "llama4"}
+_NAMES |= {"gemma4_text": "gemma4", "minimax_m2": "minimax-m2"}
 _NAMES |= {"qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe"}
 _NORMS_PLUS_ONE = ("gemma", "gemma2", "gemma3", "nemotron", "qwen35", "qwen35moe")
 _WIDTHS = ("intermediate_size", "ffn_hidden_size", "n_inner", "moe_intermediate_size")
@@ -70,7 +72,8 @@ def _split(model: Any) -> list[tuple[str, Tensor]]:
     oss = model.config.model_type == "gpt_oss"
     turns = oss or model.config.model_type == "llama4_text"
     for name, tensor in model.state_dict().items():
-        name = name.replace(".dt_bias", ".dt_proj.bias")
+        name = name.replace(".dt_bias", ".dt_proj.bias").replace("_correction_bias", "_correction.bias")
+        name = name.replace(".layer_scalar", ".layer_scalar.weight")
         path, _, own = name.rpartition(".experts.")
         bias = own.endswith("_bias")
         suffix = "bias" if bias else "weight"
@@ -104,6 +107,9 @@ def _add(writer: Any, key: str, value: Any) -> None:
 
 
 def _metadata(config: Any, name: str) -> dict[str, Any]:
+    if name == "gemma4":
+        config = copy.deepcopy(config)
+        config.allow_global_per_layer_attribute_access = True
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     rope = getattr(config, "rope_parameters", None) or {}
@@ -144,12 +150,35 @@ def _metadata(config: Any, name: str) -> dict[str, Any]:
         said["shortconv.l_cache"] = config.conv_L_cache
         kinds = config.layer_types
         said["attention.head_count_kv"] = [config.num_key_value_heads * (k == "full_attention") for k in kinds]
+    if name == "gemma4":
+        said |= _of_gemma4(config)
     if name == "llama4":
         said["interleave_moe_layer_step"] = config.interleave_moe_layer_step
     if name in ("qwen35", "qwen35moe"):
         said |= _of_states(config)
     said |= _of_experts(config, name)
     return {"general.name": "tiny"} | {f"{name}.{key}": value for key, value in said.items()}
+
+
+def _of_gemma4(config: Any) -> dict[str, Any]:
+    layers = [config.per_layer_config[i] for i in range(config.num_hidden_layers)]
+    slides = [kind == "sliding_attention" for kind in config.layer_types]
+    whole, other = layers[slides.index(False)], layers[slides.index(True)]
+    shared = [i >= len(layers) - config.num_kv_shared_layers for i in range(len(layers))]
+    said = {
+        "attention.shared_kv_layers": config.num_kv_shared_layers,
+        "embedding_length_per_layer_input": config.hidden_size_per_layer_input,
+        "attention.sliding_window_pattern": slides,
+        **{f"attention.{kind}_length": whole.head_dim for kind in ("key", "value")},
+        **{f"attention.{kind}_length_swa": other.head_dim for kind in ("key", "value")},
+        "attention.head_count_kv": [layer.num_key_value_heads for layer in layers],
+        "rope.dimension_count": whole.head_dim,
+        "rope.dimension_count_swa": other.head_dim,
+        "rope.freq_base_swa": float(config.rope_parameters["sliding_attention"]["rope_theta"]),
+    }
+    if config.use_double_wide_mlp:
+        said["feed_forward_length"] = [config.intermediate_size * (1 + own) for own in shared]
+    return said
 
 
 def _of_states(config: Any) -> dict[str, Any]:
@@ -231,6 +260,11 @@ def _three(tensor: Tensor, heads: int, groups: int) -> Tensor:
 
 def _add_rope_tensors(writer: Any, model: Any) -> None:
     rope = getattr(model.config, "rope_parameters", None) or {}
+    if model.config.model_type == "gemma4_text":
+        size = max(model.config.per_layer_config[i].head_dim for i in range(model.config.num_hidden_layers))
+        turning = int(size * rope["full_attention"]["partial_rotary_factor"] / 2)
+        factors = np.array([1.0] * turning + [1e30] * (size // 2 - turning), dtype=np.float32)
+        writer.add_tensor("rope_freqs.weight", factors)
     if rope.get("rope_type") == "llama3":
         plain = rope["rope_theta"] ** (-torch.arange(0, model.config.head_dim, 2) / model.config.head_dim)
         writer.add_tensor("rope_freqs.weight", (plain / model.model.rotary_emb.inv_freq).numpy().astype(np.float32))
