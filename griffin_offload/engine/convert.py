@@ -2,13 +2,15 @@
 
 import contextlib
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from griffin_offload.blocks.base import Block
 from griffin_offload.blocks.experts import Experts
 from griffin_offload.blocks.layouts import build_on_meta, find_feed_forwards
 from griffin_offload.blocks.model_shape import model_shape
@@ -89,15 +91,8 @@ def convert(
     shape = model_shape(meta, format, format, get(tables), finer=finer, held=held)
     records = RECORD_VERSION if has_experts else 0
     small = "" if shape.finer is None else shape.finer.name
-    of_experts = {str(i): sorted(held[i] & expert_names(*layers[i]).keys()) for i in sorted(held)}
-    mark = ConversionInfo(
-        precision,
-        checkpoint.fingerprint(),
-        tables,
-        records=records,
-        small=small,
-        finer_experts={layer: names for layer, names in of_experts.items() if names},
-    )
+    finer_experts = _finer_experts(layers, held)
+    mark = ConversionInfo(precision, checkpoint.fingerprint(), tables, records, small, finer_experts)
     directory = CopyDirectory(out, "conversion", mark.entries(), mark.metadata(), partial(check_shard, mark=mark))
     if not held:
         _warn_of_finer(checkpoint, meta, format)
@@ -115,6 +110,12 @@ def convert(
         read_bytes=checkpoint.weight_bytes,
         written_bytes=sum((directory.path / name).stat().st_size for name in names),
     )
+
+
+def _finer_experts(layers: Sequence[tuple[nn.Module, Block]], held: Mapping[int, set[str]]) -> dict[str, list[str]]:
+    """Of what is `held` in more bits, by layer the names of what every expert has."""
+    found = {str(i): sorted(names & expert_names(*layers[i]).keys()) for i, names in sorted(held.items())}
+    return {layer: names for layer, names in found.items() if names}
 
 
 def _warn_of_finer(checkpoint: Checkpoint, meta: StockModel, format: Format) -> None:
