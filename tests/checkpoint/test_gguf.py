@@ -22,6 +22,7 @@ from griffin_offload.engine.build import build
 from griffin_offload.engine.convert import convert
 from griffin_offload.engine.spec import examine, plan_for
 from griffin_offload.errors import CheckpointError, UnsupportedModel, UsageError
+from griffin_offload.formats.translated import in_memory
 
 IDS = torch.arange(5, 45)[None]
 OPTIONS = {"device": "cpu", "ctx_size": 64, "max_gpu_mem": "1GB", "quantize": "none"}
@@ -203,6 +204,27 @@ def test_answers_are_those_of_the_same_numbers_in_a_directory(pair: tuple[Path, 
     assert found == answer(pair[1], density=density, dtype=plain)[0]
     stored = sum(t.stored_bytes for name, t in open_checkpoint(pair[0]).tensors().items() if ".mlp." in name)
     assert prefill.streamed_bytes == (stored if density < 1 else 0)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "gemma4"])
+def test_layers_that_differ_stream_and_convert(name: str, tmp_path: Path):
+    """Heads in another order and keys that are shared, in blocks: as the same numbers in a directory."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128} | ({"linear_value_head_dim": 32} if name == "qwen3_5" else {})
+    torch.manual_seed(0)
+    config = TABLE[name].build().config
+    for key, size in sizes.items():
+        setattr(config, key, size)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    file = write_gguf(model, tmp_path / "tiny.gguf", "Q8_0")
+    exact = dict(build(open_checkpoint(file).in_precision(torch.float32)).named_parameters())
+    for own, parameter in model.named_parameters():
+        parameter.data = in_memory(exact[own]).detach().float()
+    model.save_pretrained(tmp_path / "plain")
+    for density in (1.0, 0.5):
+        found = [answer(path, density=density, dtype="float32")[0] for path in (file, tmp_path / "plain")]
+        assert found[0] == found[1]
+    convert(file, tmp_path / "copy", "int8")
+    assert answer(tmp_path / "copy", quantize="int8")[0] == answer(file, quantize="int8")[0]
 
 
 def test_a_plan_counts_the_numbers_that_are_made(pair: tuple[Path, Path]):

@@ -35,9 +35,9 @@ _OWN: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "qwen3_5_moe": (
         hf.Qwen3_5MoeTextConfig,
-        {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 48, "num_experts": 8, "num_hidden_layers": 4}
+        {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "num_experts": 8, "num_hidden_layers": 4}
         | {"num_experts_per_tok": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 6}
-        | {"linear_key_head_dim": 16, "linear_value_head_dim": 8, "max_position_embeddings": 512},
+        | {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "max_position_embeddings": 512},
     ),
 }
 
@@ -113,7 +113,11 @@ def test_blocks_are_what_transformers_makes_of_them(name: str, kind: str, tmp_pa
 
 @pytest.mark.parametrize(
     ("name", "precision"),
-    mostly_slow([*(("gpt_oss", precision) for precision in ("none", "int8", "int4")), ("mixtral", "int4")], 3),
+    mostly_slow(
+        [*(("gpt_oss", precision) for precision in ("none", "int8", "int4")), ("mixtral", "int4")]
+        + [(name, "int4") for name in ("llama4", "qwen3_5_moe", "minimax_m2")],
+        3,
+    ),
 )
 def test_fetched_resident_and_converted(name: str, precision: str, tmp_path: Path):
     path = write_gguf(model_of(name), tmp_path / "tiny.gguf", "Q8_0")
