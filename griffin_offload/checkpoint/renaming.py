@@ -68,7 +68,7 @@ class Conversion:
     def missing(self, expert: int, pattern: str) -> str:
         """The name that `pattern` would have for `expert`."""
         known = next(name for name, own in zip(self.sources, self.patterns, strict=True) if own == pattern)
-        return re.sub(_numbered(pattern), lambda found: pattern.replace("*", str(expert)), known)
+        return re.sub(_numbered(pattern), lambda found: pattern.replace(r"\.", ".").replace("*", str(expert)), known)
 
     def apply(self, model: StockModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of `model` by name, made of `tensors`, which are the sources'."""
@@ -98,7 +98,8 @@ def _one_by_one(model: StockModel) -> list[WeightConverter]:
 
 
 def _numbered(pattern: str) -> str:
-    return re.escape(pattern).replace(r"\*", r"(\d+)")
+    """As an expression; some of transformers' patterns are written as such, but for their star."""
+    return re.escape(pattern.replace(r"\.", ".")).replace(r"\*", r"(\d+)")
 
 
 def conversions_of(model: StockModel, names: Iterable[str]) -> list[Conversion]:
