@@ -117,8 +117,13 @@ class Experts(Block):
             getattr(self.module, name) for name in (self.form.names if compact else self.form.specs(self.form.stored))
         ]
 
-    def full_specs(self, precision: Format | None = None) -> list[Spec]:
-        return self.compact_specs((self.neurons,), None if precision is None else (precision,))
+    def full_specs(
+        self, precision: Format | None = None, finer: Format | None = None, finer_ones: Collection[str] = ()
+    ) -> list[Spec]:
+        """Of records, too, some of whose matrices may be in a `finer` format."""
+        own = precision or self.form.precision
+        form = replace(self.form, precision=own, finer=finer, finer_ones=frozenset(finer_ones)) if finer else self.form
+        return [((self.neurons, *shape), kind) for shape, kind in form.specs(own).values()]
 
     def compact_specs(self, counts: Counts, formats: Sequence[Format] | None = None) -> list[Spec]:
         (kept,), (format,) = counts, self.formats if formats is None else formats

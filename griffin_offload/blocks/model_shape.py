@@ -219,12 +219,14 @@ def _stored_specs(
 ) -> list[Spec]:
     """Of a block's matrices as the checkpoint has them: some in a `finer` format if `stored` has fewer bits, and a down
     projection maybe in rows."""
-    found = list(block.full_specs(stored))
+    in_finer = finer is not None and finer.bits > stored.bits
     if isinstance(block, Experts):
-        return found
+        names = expert_names(layer, block)
+        return block.full_specs(stored, finer if in_finer else None, [names[name] for name in finer_ones])
+    found = list(block.full_specs(stored))
     downs = [name for name in linear_names(layer) if block.is_down(layer.get_submodule(name))]
     others = {name: (stored, False) for name in downs if name in in_rows}
-    if finer is not None and finer.bits > stored.bits:
+    if finer is not None and in_finer:
         others |= {name: (finer, block.is_down(layer.get_submodule(name))) for name in finer_ones}
     for name, (format, is_down) in others.items():
         outputs, inputs = features(module := layer.get_submodule(name))

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -94,6 +95,8 @@ class Checkpoint(ABC):
     """The format of the matrices in its layers."""
     small: Format | None = None
     """The same for small ones among them (blocks/replace.py); None: as the others."""
+    finer_experts: Mapping[int, frozenset[str]] = MappingProxyType({})
+    """By layer the names of what it holds in that for every expert, where experts are records."""
     tables: Format = FLOATS
     """The same for its embeddings and its head."""
     records: torch.dtype | None = None

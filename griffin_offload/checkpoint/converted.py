@@ -35,7 +35,7 @@ from griffin_offload.formats.expert_form import BLOCK_BYTES, RECORD_VERSION
 from griffin_offload.transformers_api import StockModel
 
 METHOD = "griffin-offload"
-_IN_LAYER = re.compile(r"\.\d+\.")
+_IN_LAYER, _NUMBER = re.compile(r"\.\d+\."), re.compile(r"\d{1,9}")
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class ConversionInfo:
     """Version of the records that experts lie in; 0: there are none."""
     small: str = ""
     """Of small matrices (blocks/replace.py), where it is another one than that of the others."""
+    finer_experts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """By layer the names of what every expert has in that, too."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "version", get(self.precision).version)
@@ -63,7 +65,8 @@ class ConversionInfo:
 
     def entries(self) -> dict[str, Any]:
         """What is written down."""
-        return {name: value for name, value in asdict(self).items() if name not in ("records", "small") or value}
+        optional = ("records", "small", "finer_experts")
+        return {name: value for name, value in asdict(self).items() if name not in optional or value}
 
     def metadata(self) -> dict[str, str]:
         """Of a shard."""
@@ -95,11 +98,18 @@ def mark_of(config: PretrainedConfig, directory: Path) -> ConversionInfo | None:
             f"{directory} was converted to {precision} in format {version}, this version reads format "
             f"{format.version}: convert again"
         )
-    tables_fit, small_fits = tables in [other.name for other in TABLE_FORMATS], small in ("", SMALL_MATRICES.name)
-    if format is None or not isinstance(source, str) or not tables_fit or not small_fits:
+    finer = found.get("finer_experts", {})
+    fit = tables in [other.name for other in TABLE_FORMATS] and small in ("", SMALL_MATRICES.name)
+    if format is None or not isinstance(source, str) or not fit or not _names_by_layer(finer) or (finer and not small):
         raise CheckpointError(f"{directory / 'config.json'} has a damaged quantization_config: convert again")
     del config.quantization_config
-    return ConversionInfo(format.name, source, str(tables), records=records, small=small)
+    return ConversionInfo(format.name, source, str(tables), records=records, small=small, finer_experts=finer)
+
+
+def _names_by_layer(found: object) -> bool:
+    if not isinstance(found, dict) or not all(_NUMBER.fullmatch(str(layer)) for layer in found):
+        return False
+    return all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in found.values())
 
 
 def check_shard(path: Path, mark: ConversionInfo | None) -> None:
@@ -113,6 +123,7 @@ class ConvertedCheckpoint(SafetensorsCheckpoint):
 
     precision: Format = FLOATS
     small: Format | None = None
+    finer_experts: Mapping[int, frozenset[str]] = field(default_factory=dict)
     tables: Format = FLOATS
     records: torch.dtype | None = None
 
@@ -161,6 +172,7 @@ def open_converted(path: Path) -> Checkpoint | None:
         checked.states,
         precision=get(mark.precision),
         small=mark.small_format,
+        finer_experts={int(layer): frozenset(names) for layer, names in mark.finer_experts.items()},
         tables=get(mark.tables),
         records=FLOAT_TYPES[stored] if mark.records else None,
     )

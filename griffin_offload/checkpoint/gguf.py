@@ -26,8 +26,9 @@ from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
 from griffin_offload.checkpoint.config_files import config_from
 from griffin_offload.checkpoint.direct_io import Extent
 from griffin_offload.checkpoint.files import FileState, renamed, states_of
+from griffin_offload.checkpoint.gguf_architectures import config_of
 from griffin_offload.checkpoint.gguf_blocks import BlockDecoder, block_types, gguf_package
-from griffin_offload.checkpoint.gguf_config import LLAMA_ROWS, ROPE_TENSORS, Architecture, Described, config_of
+from griffin_offload.checkpoint.gguf_config import ROPE_TENSORS, Architecture, Described
 from griffin_offload.checkpoint.gguf_file import GgufFile, GgufTensor, is_gguf, read_gguf
 from griffin_offload.checkpoint.gguf_tokenizer import end_tokens, tokenizer_from
 from griffin_offload.checkpoint.renaming import Conversion, same_names
@@ -39,12 +40,15 @@ from griffin_offload.transformers_api import StockModel, Tokenizer
 
 _SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
 _MOST_SHARDS = 1000
+_MOST_DRAFTING = 16
 _STORED_AS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What blocks are made into: their steps are rougher than the rounding, and every kernel has it.
 _TRANSLATED_AS = torch.bfloat16
 _LAYER = re.compile(r"^blk\.\d+\.(?P<rest>.+)$")
 _IN_LAYER = re.compile(r"\.layers\.(\d+)\.")
 _SUFFIX = re.compile(r"\.(weight|bias)$")
+_CONVOLUTIONS = ("shortconv.conv", "ssm_conv1d")
+"""Of each channel by itself, of which files leave out an axis."""
 
 
 @dataclass(frozen=True)
@@ -92,19 +96,22 @@ class GgufCheckpoint(Checkpoint):
         name = self.names[tensor.name]
         match = _LAYER.match(tensor.name)
         part = _SUFFIX.sub("", match["rest"] if match else tensor.name)
-        in_order = self.architecture.rows.get(part)
+        in_order, columns = self.architecture.rows.get(part), self.architecture.columns.get(part)
         transposed = name.endswith(self.architecture.transposed or ("\0",)) and len(tensor.shape) == 2
-        minus = float(self.architecture.norms_minus_one and tensor.name.endswith("norm.weight"))
+        minus, logs = self.architecture.adds(tensor.name), part in self.architecture.logs
         if part == "ffn_gate_inp_shexp" and len(tensor.shape) == 1:  # one row, of which files leave out the axis
             tensor = dataclasses.replace(tensor, shape=(1, *tensor.shape))
         shape = tensor.shape[::-1] if transposed else tensor.shape
-        shape = (shape[0], 1, shape[1]) if part == "shortconv.conv" else shape
-        if not (in_order or transposed or minus) and _STORED_AS.get(tensor.type.name) == self.dtype:
+        shape = (shape[0], 1, shape[1]) if part in _CONVOLUTIONS and len(shape) == 2 else shape
+        changed = in_order or columns or transposed or minus or logs
+        if not changed and _STORED_AS.get(tensor.type.name) == self.dtype:
             return StoredTensor(shape, self.dtype, (tensor.extent,))
-        order = None if in_order is None else in_order.of(self.raw_config, tensor, self.directory)
+        said = self.raw_config, tensor, self.directory
+        order = None if in_order is None else in_order.of(*said)
+        across = None if columns is None else columns.of(*said, axis=-1)
         width = tensor.shape[-1] if len(tensor.shape) > 1 else 1
         rows = tensor.shape[0] if len(tensor.shape) != 3 else tensor.shape[0] * tensor.shape[1]
-        decode = BlockDecoder(tensor.type, rows, width, order, transposed, minus)
+        decode = BlockDecoder(tensor.type, rows, width, order, transposed, minus, across, logs)
         return StoredTensor(shape, self.dtype, (tensor.extent,), decode=decode)
 
     def conversions(self, model: StockModel, names: Iterable[str]) -> Sequence[Conversion]:
@@ -159,11 +166,11 @@ def open_gguf(path: Path) -> Checkpoint | None:
     types = block_types()
     headers = tuple(read_gguf(file, types) for file in files)
     described = Described(path, headers[0].metadata, _all(headers))
-    architecture, raw = config_of(described, MIXTURES)
+    architecture, raw = config_of(described)
     config = config_from(raw, path)
     dtype = _STORED_AS.get(_most_bytes(headers), _TRANSLATED_AS)
     names = _names(described, architecture, config, dtype)
-    weight_bytes = sum(tensor.extent.nbytes for tensor in described.tensors.values())
+    weight_bytes = sum(tensor.extent.nbytes for name, tensor in described.tensors.items() if name in names)
     states = states_of(str(file.resolve()) for file in files)
     return GgufCheckpoint(path, config, dtype, tuple(files), weight_bytes, states, architecture, raw, headers, names)
 
@@ -240,7 +247,10 @@ def _names(
             if described.has(there):
                 found.setdefault(there, name)
     found = {there: name for there, name in found.items() if described.has(there)}
+    layers, behind = config.num_hidden_layers, min(described.drafting_layers, _MOST_DRAFTING)
+    drafting = tuple(f"blk.{layers + place}." for place in range(behind))
     unused = sorted(set(described.tensors) - set(found) - set(ROPE_TENSORS))
+    unused = [name for name in unused if not name.startswith(drafting or ("\0",))]
     if unused:
         raise UnsupportedModel(
             f"{described.where} holds {len(unused)} tensors that transformers' {config.model_type} has no place for, "
@@ -252,6 +262,8 @@ def _names(
 def name_in_file(name: str, architecture: Architecture, model: StockModel) -> tuple[str, str]:
     """What files call the tensor `name` of `model`, by the package's tables, "" where they have no such thing; and what
     `name` ends in: ".weight", ".bias" or ""."""
+    for end, other in architecture.renamed.items():
+        name = name.removesuffix(end) + other if name.endswith(end) else name
     match = _SUFFIX.search(name)
     stem = name[: match.start()] if match else name
     table = _table(architecture.names, model.config.num_hidden_layers)
@@ -337,55 +349,3 @@ class _Together:
             decode([part], 0, rows, made)
             if self.interleaved:
                 target.copy_(made)
-
-
-# What single architectures add.
-
-
-def _experts(described: Described, config: dict[str, object], count: str) -> None:
-    config[count] = described.integer("expert_count")
-    config["num_experts_per_tok"] = described.integer("expert_used_count")
-
-
-def _inner(described: Described, config: dict[str, object], key: str) -> None:
-    config[key] = described.integer("expert_feed_forward_length", config["intermediate_size"])
-
-
-def _mixtral(described: Described, config: dict[str, object]) -> None:
-    _experts(described, config, "num_local_experts")
-    config["sliding_window"] = None
-
-
-def _qwen2_moe(described: Described, config: dict[str, Any]) -> None:
-    _experts(described, config, "num_experts")
-    _inner(described, config, "moe_intermediate_size")
-    shared = described.integer("expert_shared_feed_forward_length", config["intermediate_size"])
-    config |= {"shared_expert_intermediate_size": shared, "norm_topk_prob": False}
-
-
-def _qwen3_moe(described: Described, config: dict[str, Any]) -> None:
-    _experts(described, config, "num_experts")
-    _inner(described, config, "moe_intermediate_size")
-    # As llama.cpp computes it, whatever the original's config said: files do not tell.
-    config |= {"norm_topk_prob": True, "attention_bias": described.has("blk.0.attn_q.bias")}
-
-
-def _gpt_oss(described: Described, config: dict[str, Any]) -> None:
-    _experts(described, config, "num_local_experts")
-    _inner(described, config, "intermediate_size")
-    config["sliding_window"] = described.integer("attention.sliding_window")
-    layers = range(min(config["num_hidden_layers"], 2**16))
-    config["layer_types"] = ["full_attention" if layer % 2 else "sliding_attention" for layer in layers]
-    config["attention_bias"] = described.has("blk.0.attn_q.bias")
-    rope = config["rope_parameters"]
-    if rope["rope_type"] == "yarn":
-        rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
-
-
-MIXTURES: Mapping[str, Architecture] = {
-    "llama": Architecture("mixtral", "llama", _mixtral, rows=LLAMA_ROWS),
-    "qwen2moe": Architecture("qwen2_moe", "qwen2moe", _qwen2_moe),
-    "qwen3moe": Architecture("qwen3_moe", "qwen3moe", _qwen3_moe),
-    "gpt-oss": Architecture("gpt_oss", "gpt-oss", _gpt_oss),
-}
-"""By the name in general.architecture, of files that have experts."""

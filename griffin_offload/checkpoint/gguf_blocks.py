@@ -6,7 +6,7 @@ The package gguf knows every type. Of those that most files are of our own kerne
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from griffin_offload.kernels.gguf_blocks import KINDS, ON_GRIDS
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 # Numbers that are made at once: what is made of a piece stays in the processor's caches.
 _PIECE_NUMBERS = 2**18
+_GROUP = 32  # of numbers on one grid
 
 
 def gguf_package() -> Any:
@@ -132,11 +133,27 @@ class BlockDecoder:
     """The model's rows are the file's columns."""
     minus: float = 0.0
     """Taken from every number, in float32."""
+    columns: Tensor | None = None
+    """Of each row, which stored number each of the model's is."""
+    logs: bool = False
+    """The model's numbers are x where -exp(x) is stored."""
 
     @property
     def on_grids(self) -> bool:
         """Whether it is `coded`."""
-        return self.kind.name in ON_GRIDS and not self.transposed and not self.minus
+        as_stored = not (self.transposed or self.minus or self.logs)
+        return self.kind.name in ON_GRIDS and as_stored and (self.columns is None or self._groups is not None)
+
+    @cached_property
+    def _groups(self) -> Tensor | None:
+        """The order of columns as one of whole groups on a grid; None where it tears groups apart."""
+        assert self.columns is not None, "rows lie as they are stored"
+        if len(self.columns) % _GROUP:
+            return None
+        groups = self.columns.view(-1, _GROUP)
+        whole = groups[:, :1] % _GROUP == 0
+        alike = groups == groups[:, :1] + torch.arange(_GROUP, dtype=torch.long, device="cpu")
+        return groups[:, 0] // _GROUP if bool(whole.all() and alike.all()) else None
 
     def coded(self, parts: Sequence[Tensor], outputs: int, rows: Tensor) -> Codes:
         """As `TranslatedTensor` has them."""
@@ -146,7 +163,12 @@ class BlockDecoder:
             stored, torch.arange(first, last + 1, dtype=torch.long, device="cpu")
         )
         blocks = blocks[first : last + 1] if in_order else blocks.index_select(0, stored)
-        return Codes(*table.call("dequantize", f"{self.kind.name}_codes", blocks))
+        codes = Codes(*table.call("dequantize", f"{self.kind.name}_codes", blocks))
+        if self.columns is None:
+            return codes
+        groups, packed = self._groups, codes.packed.view(*codes.steps.shape, -1)
+        assert groups is not None, "others are not coded"
+        return Codes(packed[:, groups].flatten(1), codes.steps[:, groups], codes.lowest[:, groups])
 
     def __call__(self, parts: Sequence[Tensor], first: int, end: int, into: Tensor) -> None:
         stored = parts[0].view(self.rows, -1)
@@ -158,10 +180,14 @@ class BlockDecoder:
         for at in range(first, end, step):
             to = min(at + step, end)
             rows = stored[at:to] if self.index is None else stored[self.index[at:to]]
-            if self.minus:
-                flat[at - first : to - first] = numbers_of(rows, self.kind).float() - self.minus
+            if self.minus or self.logs or self.columns is not None:
+                flat[at - first : to - first] = self._changed(numbers_of(rows, self.kind).float())
             else:
                 fill_numbers(rows, self.kind, flat[at - first : to - first])
+
+    def _changed(self, numbers: Tensor) -> Tensor:
+        numbers = numbers if self.columns is None else numbers[:, self.columns]
+        return torch.log(-numbers) if self.logs else numbers - self.minus
 
     def _columns(self, stored: Tensor, first: int, end: int) -> Tensor:
         blocks = stored.view(self.rows, -1, self.kind.nbytes)

@@ -1,4 +1,4 @@
-"""What transformers calls what the header of a GGUF file says: one entry for each architecture.
+"""What transformers calls what the header of a GGUF file says: what all architectures have.
 
 transformers has a mapping, too, and leaves out much that changes the logits: factors and scaling of rotary positions,
 head sizes, the part of a head that turns, soft caps. All of these are taken over here, or the file is refused.
@@ -21,9 +21,7 @@ from griffin_offload.errors import CheckpointError, UnsupportedModel
 _MISSING: Any = object()
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _MOST_FACTORS = 4096
-# Layers of the models that divide by another size than their heads', as llama.cpp tells them: Gemma's with 27B.
-_GEMMA_27B = {"gemma2": 46, "gemma3": 62}
-_GEMMA3_PATTERN, _GEMMA3_LOCAL_THETA = 6, 10_000.0
+_PLAIN_NORM = "ssm_norm.weight"
 
 
 @dataclass(frozen=True)
@@ -65,17 +63,33 @@ class Described:
             )
         return distinct[0].item()
 
+    def each(self, key: str, layers: int, default: object = _MISSING) -> list[Any]:
+        """A number or truth value for each of `layers`, where files have one for all or an array. CheckpointError for
+        an array of another length."""
+        found = self.metadata.get(f"{self.architecture}.{key}")
+        if not isinstance(found, np.ndarray):
+            return [self.get(key, (int, bool), default)] * layers
+        if len(found) != layers:
+            raise CheckpointError(f"{self.where} has {len(found)} values of {key} for {layers} layers")
+        values: list[Any] = found.tolist()
+        return values
+
     def integer(self, key: str, default: object = _MISSING) -> Any:
         return self.get(key, int, default)
 
     def number(self, key: str, default: object = _MISSING) -> Any:
         return self.get(key, (int, float), default)
 
+    @property
+    def drafting_layers(self) -> int:
+        """Layers behind the model's that predict further tokens: llama.cpp's drafts, of which transformers has none."""
+        return int(self.integer("nextn_predict_layers", 0))
+
     def has(self, name: str) -> bool:
         return name in self.tensors
 
-    def factors(self, name: str) -> list[float] | None:
-        """The numbers of a small tensor of rotary factors; None where there is none."""
+    def factors(self, name: str, most: float = 1e6) -> list[float] | None:
+        """The numbers of a small tensor of rotary factors, all below `most`; None where there is none."""
         tensor = self.tensors.get(name)
         if tensor is None:
             return None
@@ -85,25 +99,25 @@ class Described:
             file.seek(tensor.extent.offset)
             content = bytearray(file.read(tensor.extent.nbytes))
         found: list[float] = numbers_of(torch.frombuffer(content, dtype=torch.uint8)[None], tensor.type)[0].tolist()
-        if not all(0 < factor < 1e6 for factor in found):
+        if not all(0 < factor < most for factor in found):
             raise CheckpointError(f"{self.where}: {name} holds factors that are not above 0")
         return found
 
 
 @dataclass(frozen=True)
 class RowOrder:
-    """Of a matrix whose rows llama.cpp keeps in another order, by the config."""
+    """Of a matrix whose rows, or columns, llama.cpp keeps in another order, by the config."""
 
     count: Callable[[Mapping[str, Any]], int]
     """Rows that it has to have."""
     index: Callable[[Mapping[str, Any]], Tensor]
     """Which row of the file is each of the model's, int64."""
 
-    def of(self, config: Mapping[str, Any], tensor: GgufTensor, where: Path) -> Tensor:
+    def of(self, config: Mapping[str, Any], tensor: GgufTensor, where: Path, *, axis: int = 0) -> Tensor:
         """That of `tensor`. CheckpointError where it has other rows: a config may lie, and ask for any number."""
-        wanted, there = self.count(config), tensor.shape[0]
+        wanted, there, what = self.count(config), tensor.shape[axis], ("columns" if axis else "rows")
         if wanted != there:
-            raise CheckpointError(f"{where}: {tensor.name} has {there} rows, by its heads it should have {wanted}")
+            raise CheckpointError(f"{where}: {tensor.name} has {there} {what}, by its heads it should have {wanted}")
         return self.index(config)
 
 
@@ -119,46 +133,30 @@ class Architecture:
     norm_eps: str = "rms_norm_eps"
     rows: Mapping[str, RowOrder] = field(default_factory=dict)
     """By the tensor's name behind the layer's number and without .weight or .bias."""
+    columns: Mapping[str, RowOrder] = field(default_factory=dict)
+    """The same of columns."""
     norms_minus_one: bool = False
     """Its norms are stored with 1 added."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """What the package's tables call names of transformers', by their ends."""
+    logs: tuple[str, ...] = ()
+    """Tensors of which files have what the model computes of them: -exp(x)."""
     transposed: tuple[str, ...] = ()
     """Ends of names in transformers, of matrices that lie there [inputs, outputs]."""
     rotary: bool = True
-    attends_in_some: bool = False
-    """Other layers have 0 heads of keys and values."""
+    layers_differ: bool = False
+    """In heads of keys and values, and in neurons, which files have an array of: `extend` says what each has."""
+    written: bool = True
+    """Whether exports write such files."""
+
+    def adds(self, name: str) -> float:
+        """What all numbers of the tensor `name` of a file have more than the model's."""
+        return float(self.norms_minus_one and name.endswith("norm.weight") and not name.endswith(_PLAIN_NORM))
 
 
-def config_of(described: Described, mixtures: Mapping[str, Architecture]) -> tuple[Architecture, dict[str, Any]]:
-    """The architecture, one of `mixtures` where there are experts, and what config.json would say. UnsupportedModel for
-    an architecture that is not read, CheckpointError for a header that lacks something."""
-    architecture = known(described, mixtures)
-    config = _common(described, architecture)
-    if architecture.rotary:
-        config["rope_parameters"] = _rope(described, config)
-    architecture.extend(described, config)
-    return architecture, config
-
-
-def known(described: Described, mixtures: Mapping[str, Architecture]) -> Architecture:
-    name, where = described.architecture, described.where
-    experts = described.metadata.get(f"{name}.expert_count", 0)
-    if experts or any("_exps." in tensor for tensor in described.tensors):
-        if name in mixtures:
-            return mixtures[name]
-        raise UnsupportedModel(
-            f"{where} is a mixture of {experts or 'several'} experts of the architecture {name}, which is not read "
-            f"from GGUF files: give the model's Hugging Face directory (read are {', '.join(sorted(mixtures))})"
-        )
-    if name not in ARCHITECTURES:
-        raise UnsupportedModel(
-            f"{where} is of the architecture {name}, which is not read from GGUF files: give the model's Hugging Face "
-            f"directory (read are {', '.join(sorted(ARCHITECTURES))})"
-        )
-    return ARCHITECTURES[name]
-
-
-def _common(described: Described, architecture: Architecture) -> dict[str, Any]:
-    """What every architecture has, in the words that most configs of transformers understand."""
+def common_config(described: Described, architecture: Architecture) -> dict[str, Any]:
+    """What every architecture has, in the words that most configs of transformers understand. CheckpointError for a
+    header that lacks something."""
     embeddings = described.tensors.get("token_embd.weight")
     if embeddings is None or len(embeddings.shape) != 2:
         raise CheckpointError(f"{described.where} has no matrix token_embd.weight: download it again")
@@ -171,8 +169,8 @@ def _common(described: Described, architecture: Architecture) -> dict[str, Any]:
         "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[architecture.model_type]],
         "vocab_size": embeddings.shape[0],
         "hidden_size": hidden,
-        "intermediate_size": _neurons(described),
-        "num_hidden_layers": described.integer("block_count"),
+        "intermediate_size": _neurons(described, architecture),
+        "num_hidden_layers": described.integer("block_count") - described.drafting_layers,
         "num_attention_heads": heads,
         "num_key_value_heads": _kv_heads(described, architecture, heads),
         "head_dim": described.integer("attention.key_length", hidden // heads),
@@ -180,19 +178,26 @@ def _common(described: Described, architecture: Architecture) -> dict[str, Any]:
         architecture.norm_eps: described.number("attention.layer_norm_epsilon", 1e-5) if eps is None else eps,
         "tie_word_embeddings": not described.has("output.weight"),
     }
-    return config | {f"{name}_token_id": _token(described, key) for name, key in _TOKENS.items()}
+    config |= {f"{name}_token_id": _token(described, key) for name, key in _TOKENS.items()}
+    return config | ({"rope_parameters": _rope(described, config)} if architecture.rotary else {})
 
 
-def _neurons(described: Described) -> Any:
+def _neurons(described: Described, architecture: Architecture) -> Any:
+    if (most := _most(described, architecture, "feed_forward_length")) is not None:
+        return most
     of_experts = described.integer("expert_feed_forward_length", None)
     return described.integer("feed_forward_length", *([] if of_experts is None else [of_experts]))
 
 
 def _kv_heads(described: Described, architecture: Architecture, heads: int) -> int:
-    found = described.metadata.get(f"{described.architecture}.attention.head_count_kv")
-    if architecture.attends_in_some and isinstance(found, np.ndarray) and found.size:
-        return int(found.max())
-    return int(described.integer("attention.head_count_kv", heads))
+    most = _most(described, architecture, "attention.head_count_kv")
+    return int(described.integer("attention.head_count_kv", heads)) if most is None else most
+
+
+def _most(described: Described, architecture: Architecture, key: str) -> int | None:
+    """Of any layer, where layers differ in it."""
+    found = described.metadata.get(f"{described.architecture}.{key}")
+    return int(found.max()) if architecture.layers_differ and isinstance(found, np.ndarray) and found.size else None
 
 
 _TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding"}
@@ -239,7 +244,7 @@ def _scaling(described: Described, config: dict[str, Any]) -> dict[str, Any]:
 # Rows of matrices that llama.cpp keeps in another order.
 
 
-def _pairs_apart(heads: str) -> RowOrder:
+def pairs_apart(heads: str) -> RowOrder:
     """Of q and k: llama.cpp turns neighbours, transformers the halves of a head."""
 
     def count(config: Mapping[str, Any]) -> int:
@@ -267,131 +272,26 @@ def _grouped_qkv(config: Mapping[str, Any]) -> Tensor:
     return torch.cat([q.view(groups, -1), keys, values], dim=1).reshape(-1)
 
 
-# What single architectures add.
+def heads_of_values(size: str | None, *, behind_keys: bool = False) -> RowOrder:
+    """Of linear attention: heads of values that share a head of keys lie beside each other in transformers, in files
+    the first ones of all heads of keys come first. Each has `size` rows, by the config, and may lie behind the
+    queries and keys."""
+
+    def before(config: Mapping[str, Any]) -> int:
+        return int(2 * config["linear_num_key_heads"] * config["linear_key_head_dim"]) if behind_keys else 0
+
+    def count(config: Mapping[str, Any]) -> int:
+        keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
+        return before(config) + int(values // keys * keys * (config[size] if size else 1))
+
+    def index(config: Mapping[str, Any]) -> Tensor:
+        first, keys = before(config), config["linear_num_key_heads"]
+        rows = torch.arange(count(config), dtype=torch.int64, device="cpu")
+        values = rows[first:].view(-1, keys, config[size] if size else 1).transpose(0, 1)
+        return torch.cat([rows[:first], values.reshape(-1)])
+
+    return RowOrder(count, index)
 
 
-def _biases(described: Described, config: dict[str, object]) -> None:
-    config["attention_bias"] = described.has("blk.0.attn_q.bias")
-    config["mlp_bias"] = described.has("blk.0.ffn_up.bias")
-
-
-def _qwen3(described: Described, config: dict[str, object]) -> None:
-    config["attention_bias"] = described.has("blk.0.attn_q.bias")
-
-
-def _window(described: Described, config: dict[str, object]) -> None:
-    config["sliding_window"] = described.integer("attention.sliding_window", None) or None
-
-
-def _phi3(described: Described, config: dict[str, Any]) -> None:
-    _window(described, config)
-    trained = config["rope_parameters"].get("original_max_position_embeddings", config["max_position_embeddings"])
-    config["original_max_position_embeddings"] = trained
-
-
-def _gemma2(described: Described, config: dict[str, object]) -> None:
-    _window(described, config)
-    config["attn_logit_softcapping"] = described.number("attn_logit_softcapping", 50.0)
-    config["final_logit_softcapping"] = described.number("final_logit_softcapping", 30.0)
-    _query_scale(described, config)
-
-
-def _gemma3(described: Described, config: dict[str, Any]) -> None:
-    _window(described, config)
-    config["final_logit_softcapping"] = described.number("final_logit_softcapping", None)
-    _query_scale(described, config)
-    every = described.integer("attention.sliding_window_pattern", _GEMMA3_PATTERN)
-    layers = range(min(config["num_hidden_layers"], 2**16))
-    config["layer_types"] = [
-        "sliding_attention" if every and (layer + 1) % every else "full_attention" for layer in layers
-    ]
-    local = described.number("rope.freq_base_swa", _GEMMA3_LOCAL_THETA)
-    config["rope_parameters"] = {
-        "full_attention": config["rope_parameters"],
-        "sliding_attention": {"rope_type": "default", "rope_theta": float(local)},
-    }
-
-
-def _query_scale(described: Described, config: dict[str, Any]) -> None:
-    large = config["num_hidden_layers"] == _GEMMA_27B[described.architecture]
-    size = config["hidden_size"] // config["num_attention_heads"] if large else config["head_dim"]
-    config["query_pre_attn_scalar"] = size
-
-
-def _stablelm(described: Described, config: dict[str, Any]) -> None:
-    config["use_qkv_bias"] = described.has("blk.0.attn_q.bias")
-    config["use_parallel_residual"] = not described.has("blk.0.ffn_norm.weight")
-    config["qk_layernorm"] = described.has("blk.0.attn_q_norm.weight")
-    config["partial_rotary_factor"] = config["rope_parameters"].get("partial_rotary_factor", 1.0)
-
-
-def _starcoder2(described: Described, config: dict[str, Any]) -> None:
-    _window(described, config)
-    config["use_bias"] = described.has("blk.0.attn_q.bias")
-
-
-def _nemotron(described: Described, config: dict[str, Any]) -> None:
-    _biases(described, config)
-    config["partial_rotary_factor"] = config["rope_parameters"].get("partial_rotary_factor", 1.0)
-
-
-def _falcon(described: Described, config: dict[str, Any]) -> None:
-    groups, _ = config.pop("num_key_value_heads"), config.pop("head_dim")
-    two_norms = described.has("blk.0.attn_norm_2.weight")
-    config |= {
-        "ffn_hidden_size": config.pop("intermediate_size"),
-        "num_kv_heads": groups,
-        "new_decoder_architecture": groups > 1,
-        "multi_query": groups == 1,
-        "num_ln_in_parallel_attn": 2 if two_norms else 1 if groups > 1 else None,
-        "bias": described.has("blk.0.attn_qkv.bias"),
-        "parallel_attn": not described.has("blk.0.ffn_norm.weight"),
-    }
-
-
-def _gpt2(described: Described, config: dict[str, object]) -> None:
-    config |= {"n_inner": config.pop("intermediate_size"), "n_positions": config["max_position_embeddings"]}
-    for key in ("num_key_value_heads", "head_dim", "max_position_embeddings"):
-        del config[key]
-
-
-def _bloom(described: Described, config: dict[str, Any]) -> None:
-    config["num_kv_heads"] = config["num_attention_heads"]
-    wanted, found = 4 * config["hidden_size"], config.pop("intermediate_size")
-    if found != wanted:
-        raise UnsupportedModel(f"{described.where}: a feed-forward of {found} neurons, BLOOM's have {wanted}")
-    for key in ("num_key_value_heads", "head_dim", "max_position_embeddings"):
-        del config[key]
-
-
-def _lfm2(described: Described, config: dict[str, Any]) -> None:
-    config["norm_eps"] = config.pop("rms_norm_eps")
-    config |= {"block_auto_adjust_ff_dim": False, "conv_L_cache": described.integer("shortconv.l_cache")}
-    config["conv_bias"] = any(name.endswith("shortconv.in_proj.bias") for name in described.tensors)
-    layers = range(min(config["num_hidden_layers"], 2**16))
-    attends = [described.has(f"blk.{layer}.attn_q.weight") for layer in layers]
-    config["layer_types"] = ["full_attention" if yes else "conv" for yes in attends]
-
-
-_QKV_ROWS = RowOrder(_rows_of_qkv, _grouped_qkv)
-LLAMA_ROWS = {"attn_q": _pairs_apart("num_attention_heads"), "attn_k": _pairs_apart("num_key_value_heads")}
-_CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-
-
-ARCHITECTURES = {
-    "llama": Architecture("llama", "llama", _biases, rows=LLAMA_ROWS),
-    "qwen2": Architecture("qwen2", "qwen2"),
-    "qwen3": Architecture("qwen3", "qwen3", _qwen3),
-    "phi3": Architecture("phi3", "phi3", _phi3),
-    "gemma": Architecture("gemma", "gemma", norms_minus_one=True),
-    "gemma2": Architecture("gemma2", "gemma2", _gemma2, norms_minus_one=True),
-    "gemma3": Architecture("gemma3_text", "gemma3", _gemma3, norms_minus_one=True),
-    "stablelm": Architecture("stablelm", "stablelm", _stablelm, "layer_norm_eps"),
-    "starcoder2": Architecture("starcoder2", "starcoder2", _starcoder2, "norm_epsilon"),
-    "nemotron": Architecture("nemotron", "nemotron", _nemotron, "norm_eps", norms_minus_one=True),
-    "falcon": Architecture("falcon", "falcon", _falcon, "layer_norm_epsilon", {"attn_qkv": _QKV_ROWS}),
-    "gpt2": Architecture("gpt2", "gpt2", _gpt2, "layer_norm_epsilon", transposed=_CONV1D, rotary=False),
-    "bloom": Architecture("bloom", "bloom", _bloom, "layer_norm_epsilon", {"attn_qkv": _QKV_ROWS}, rotary=False),
-    "lfm2": Architecture("lfm2", "lfm2", _lfm2, attends_in_some=True),
-}
-"""By the name in general.architecture."""
+QKV_ROWS = RowOrder(_rows_of_qkv, _grouped_qkv)
+"""Of queries, keys and values in one matrix."""

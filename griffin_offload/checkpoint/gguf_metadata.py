@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from griffin_offload.checkpoint.base import Checkpoint
-from griffin_offload.checkpoint.gguf import MIXTURES, GgufCheckpoint
+from griffin_offload.checkpoint.gguf import GgufCheckpoint
+from griffin_offload.checkpoint.gguf_architectures import ARCHITECTURES, MIXTURES
 from griffin_offload.checkpoint.gguf_blocks import block_types, gguf_package
-from griffin_offload.checkpoint.gguf_config import ARCHITECTURES, Architecture
+from griffin_offload.checkpoint.gguf_config import Architecture
 from griffin_offload.checkpoint.gguf_file import read_gguf
 from griffin_offload.checkpoint.gguf_tokenizer import CUTS, merges_whole_words, tokenizer_from
 from griffin_offload.errors import UnsupportedModel
@@ -60,7 +61,7 @@ def architecture_of(config: PretrainedConfig, where: Path) -> tuple[str, Archite
     kind = config.model_type
     if kind == "mistral" and config.sliding_window is None:
         kind = "llama"  # the same model, and how llama.cpp has it
-    written = [*ARCHITECTURES.items(), *MIXTURES.items()]
+    written = [own for own in (*ARCHITECTURES.items(), *MIXTURES.items()) if own[1].written]
     for name, architecture in written:
         if architecture.model_type == kind:
             return name, architecture

@@ -22,7 +22,7 @@ _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad
 _END_KEYS = ("eos", "eot", "eom")
 _END_NAMES = (
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>",
-    "<EOT>", "_<EOT>", "<|end_of_text|>", "<end_of_utterance>", "<turn|>",
+    "<EOT>", "_<EOT>", "<|end_of_text|>", "<end_of_utterance>", "<turn|>", "<|eot|>", "<|eom|>",
 )  # fmt: skip
 
 # How texts are cut before anything is merged, by tokenizer.ggml.pre: llama.cpp, src/llama-vocab.cpp.
@@ -37,6 +37,14 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Marks belong to the letters before them.
+_QWEN35 = _QWEN2.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r" ?[^\s\p{L}\p{N}]+", r" ?[^\s\p{L}\p{M}\p{N}]+")
+_SHORTENED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]*[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]+{_SHORTENED}"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]+[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]*{_SHORTENED}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _FALCON = (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]")
 CUTS: dict[str, tuple[str, ...]] = (
     dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling"), (_GPT2,))
@@ -46,7 +54,8 @@ CUTS: dict[str, tuple[str, ...]] = (
         (_LLAMA3,),
     )
     | dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen", "hunyuan", "kormo", "megrez"), (_QWEN2,))
-    | {"tekken": (_TEKKEN,), "falcon": _FALCON}
+    | dict.fromkeys(("gpt-4o", "llama4", "kanana2"), (_GPT4O,))
+    | {"tekken": (_TEKKEN,), "falcon": _FALCON, "qwen35": (_QWEN35,)}
 )  # fmt: skip
 CUTS |= dict.fromkeys(
     ("bloom", "gpt3-finnish", "poro-chat"), (r" ?[^(\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+",)
@@ -160,15 +169,16 @@ def _byte_level(header: GgufFile, tokens: Sequence[str], where: Path) -> Tokeniz
 
 
 def _sentencepiece(header: GgufFile, tokens: Sequence[str], where: Path) -> Tokenizer:
-    """Of Llama 2 and Gemma: pairs are joined by the score of what they become."""
-    scores = header.metadata.get("tokenizer.ggml.scores")
-    if scores is None or len(scores) != len(tokens):
+    """Of Llama 2 and Gemma: pairs are joined by the score of what they become, or (Gemma 4) by a list."""
+    scores, pairs = header.metadata.get("tokenizer.ggml.scores"), header.texts("tokenizer.ggml.merges")
+    if not pairs and (scores is None or len(scores) != len(tokens)):
         raise CheckpointError(f"{where} has {0 if scores is None else len(scores)} scores for {len(tokens)} tokens")
     gemma = str(header.metadata.get("general.architecture")).startswith("gemma")
     if gemma:  # words of spaces are written as spaces there
         tokens = [_SPACE * len(token) if token and not token.strip(" ") else token for token in tokens]
     vocabulary = {token: place for place, token in enumerate(tokens)}
-    merges = _merges(vocabulary, tokens, None if gemma else scores)
+    listed = [(left, right) for left, _, right in (pair.partition(" ") for pair in pairs)]
+    merges = listed or _merges(vocabulary, tokens, None if gemma else scores)
     unknown = header.metadata.get("tokenizer.ggml.unknown_token_id", 0)
     backend = Tokenizer(models.BPE(vocabulary, merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True))
     prefix = header.metadata.get("tokenizer.ggml.add_space_prefix", True) is not False
@@ -200,4 +210,4 @@ def _merges(vocabulary: Mapping[str, int], tokens: Sequence[str], scores: Any) -
     return [pair[3:] for pair in found]
 
 
-_BUILDERS = {"gpt2": _byte_level, "llama": _sentencepiece}
+_BUILDERS = {"gpt2": _byte_level, "llama": _sentencepiece, "gemma4": _sentencepiece}

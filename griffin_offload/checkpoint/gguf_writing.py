@@ -1,4 +1,4 @@
-"""GGUF files (llama.cpp) of models: what `gguf_config.py` and `gguf.py` read, the other way round by the same tables.
+"""GGUF files (llama.cpp) of models: what `gguf.py` reads, the other way round by the same tables.
 
 A header is read again before anything is written behind it: a config or a tokenizer that does not come back the same
 is refused, as llama.cpp would compute something else with it.
@@ -19,9 +19,10 @@ from torch import Tensor
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.config_files import config_from
 from griffin_offload.checkpoint.direct_io import Extent
-from griffin_offload.checkpoint.gguf import INTERLEAVED, MIXTURES, layer_of, name_in_file, sources_of
+from griffin_offload.checkpoint.gguf import INTERLEAVED, layer_of, name_in_file, sources_of
+from griffin_offload.checkpoint.gguf_architectures import config_of
 from griffin_offload.checkpoint.gguf_blocks import block_types, gguf_package
-from griffin_offload.checkpoint.gguf_config import Described, config_of
+from griffin_offload.checkpoint.gguf_config import Described
 from griffin_offload.checkpoint.gguf_file import BlockType, GgufFile, GgufTensor, read_gguf
 from griffin_offload.checkpoint.gguf_metadata import (
     Metadata,
@@ -165,7 +166,7 @@ class GgufLayout:
                 extent = Extent(str(path), at, planned.nbytes)
                 found[planned.name] = GgufTensor(planned.name, planned.shape, planned.kind, extent)
                 at += planned.padded_bytes
-            raw = config_of(Described(path, header.metadata, found), MIXTURES)[1]
+            raw = config_of(Described(path, header.metadata, found))[1]
             check_same(config_from(raw, path), self._model.config, self._where)
         return raw
 
@@ -197,8 +198,8 @@ class GgufLayout:
         rows = self._architecture.rows.get(planned.name.removesuffix(".weight").removesuffix(".bias").split(".")[-1])
         if rows is not None:
             tensor = tensor[torch.argsort(rows.index(self._raw))]
-        if self._architecture.norms_minus_one and planned.name.endswith("norm.weight"):
-            tensor = tensor.float() + 1
+        if added := self._architecture.adds(planned.name):
+            tensor = tensor.float() + added
         if planned.parts:
             experts, part, parts = self._rows_of_experts(tensor), planned.part, planned.parts
             by_turns = self._architecture.model_type in INTERLEAVED

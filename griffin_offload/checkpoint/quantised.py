@@ -4,8 +4,9 @@ Which method it is stands in config.json; which matrices are packed is seen in t
 left out need no reading. Only weights are taken: activations and the KV cache stay in the checkpoint's floats.
 """
 
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from griffin_offload.checkpoint.direct_io import Extent
 from griffin_offload.checkpoint.mapped import FileMaps
 from griffin_offload.checkpoint.packed import Module, by_row
 from griffin_offload.checkpoint.quantisation_config import Method, method_of, said_of
+from griffin_offload.checkpoint.renaming import ONE_BY_ONE
 from griffin_offload.checkpoint.safetensors import (
     FLOAT_TYPES,
     SafetensorsCheckpoint,
@@ -42,6 +44,7 @@ _ASIDE = {
     *("k_scale", "v_scale", "q_scale", "prob_output_scale", "k_zero_point", "v_zero_point", "output_zero_point"),
     *("weight_scale", "weight_scale_inv", "weight_zero_point", "weight_global_scale", "weight_g_idx", "weight_shape"),
 }
+_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 _OF_CACHE = {"k_scale", "v_scale", "output_scale"}
 _INSIDE = ".weight."
 _SCALE, _EXPERTS_AXES = "_scale", 3
@@ -97,7 +100,7 @@ def open_quantised(path: Path) -> Checkpoint | None:
         untied,
         method=method.words,
         listed=listed,
-        expert_rows=method.experts is not None,
+        expert_rows=method.experts is not None or _turned_one_by_one(config, listed),
     )
 
 
@@ -201,6 +204,11 @@ def _unties(config: PretrainedConfig, listed: Mapping[str, StoredTensor]) -> boo
     return True
 
 
+def _turned_one_by_one(config: PretrainedConfig, names: Iterable[str]) -> bool:
+    """Whether experts lie one by one, in rows of outputs, that the model has turned around and together."""
+    return config.get_text_config().model_type in ONE_BY_ONE and any(_ONE_EXPERT.search(name) for name in names)
+
+
 def _warn(path: Path, method: Method, dtype: torch.dtype, modules: Mapping[str, Mapping[str, StoredTensor]]) -> None:
     suffixes = {suffix for tensors in modules.values() for suffix in tensors}
     cache = method.quantises_cache or bool(suffixes & _OF_CACHE)
@@ -233,7 +241,8 @@ def _expected(config: PretrainedConfig, method: Method, dtype: torch.dtype) -> I
 
 def _is_packed(module: nn.Module, decoder: nn.ModuleList, method: Method) -> bool:
     inside = any(module is one for layer in decoder for one in layer.modules())
-    return inside and (isinstance(module, nn.Linear) if method.experts is None else is_experts(module))
+    # Experts are one module here; in files each of their matrices is packed by itself, but for what packs them alone.
+    return inside and (is_experts(module) or (method.experts is None and isinstance(module, nn.Linear)))
 
 
 def _nothing_to_decode(parts: object, first: int, end: int, into: Tensor) -> None:

@@ -68,7 +68,7 @@ class Conversion:
     def missing(self, expert: int, pattern: str) -> str:
         """The name that `pattern` would have for `expert`."""
         known = next(name for name, own in zip(self.sources, self.patterns, strict=True) if own == pattern)
-        return re.sub(_numbered(pattern), lambda found: pattern.replace("*", str(expert)), known)
+        return re.sub(_numbered(pattern), lambda found: pattern.replace(r"\.", ".").replace("*", str(expert)), known)
 
     def apply(self, model: StockModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of `model` by name, made of `tensors`, which are the sources'."""
@@ -81,8 +81,25 @@ class Conversion:
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
 
 
+ONE_BY_ONE = {
+    "llama4_text": (
+        (("experts.*.gate_proj.weight", "experts.*.up_proj.weight"), "experts.gate_up_proj"),
+        (("experts.*.down_proj.weight",), "experts.down_proj"),
+    )
+}
+"""By model type, what makes the tensors of all experts of a layer where they were saved one by one, [outputs, inputs],
+as libraries do that quantise single matrices; transformers reads such files of these types in no way."""
+
+
+def _one_by_one(model: StockModel) -> list[WeightConverter]:
+    known = ONE_BY_ONE.get(model.config.get_text_config().model_type, ())
+    stacked = [MergeModulelist(dim=0)], [MergeModulelist(dim=0), Concatenate(dim=1)]
+    return [WeightConverter(list(sources), target, stacked[len(sources) - 1]) for sources, target in known]
+
+
 def _numbered(pattern: str) -> str:
-    return re.escape(pattern).replace(r"\*", r"(\d+)")
+    """As an expression; some of transformers' patterns are written as such, but for their star."""
+    return re.escape(pattern.replace(r"\.", ".")).replace(r"\*", r"(\d+)")
 
 
 def conversions_of(model: StockModel, names: Iterable[str]) -> list[Conversion]:
@@ -90,6 +107,7 @@ def conversions_of(model: StockModel, names: Iterable[str]) -> list[Conversion]:
     noted in `model`, as transformers does for saving it under the same names."""
     own = RENAMED.get(model.config.model_type, {}).items()
     transforms = [*get_model_conversion_mapping(model), *(WeightRenaming(old, new) for old, new in own)]
+    transforms += _one_by_one(model)
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
     rules = {pattern: converter for converter in converters for pattern in converter.source_patterns}

@@ -15,7 +15,7 @@ import re
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,6 +75,7 @@ def build_unfilled(config: PretrainedConfig, dtype: torch.dtype) -> StockModel:
 
 def _swap_formats(model: StockModel, checkpoint: Checkpoint, scratch: Scratch) -> None:
     decoder, blocks = find_feed_forwards(model, checkpoint.config.get_text_config().num_hidden_layers)
+    finer: Sequence[Collection[str]] = ()
     if not checkpoint.precision.is_plain:
         held = held_finer(checkpoint)
         finer = [finer_names(layer, blocks[i], held.get(i, ())) for i, layer in enumerate(decoder)]
@@ -85,7 +86,7 @@ def _swap_formats(model: StockModel, checkpoint: Checkpoint, scratch: Scratch) -
     own = checkpoint.precision.rests_as()
     if checkpoint.expert_rows or checkpoint.records is not None:
         turn_experts(blocks)
-    swap_experts(decoder, blocks, own, own, checkpoint.records, scratch)
+    swap_experts(decoder, blocks, own, own, checkpoint.records, scratch, finer=checkpoint.small, finer_ones=finer)
     if not checkpoint.tables.is_plain:
         swap_tables(model, checkpoint.tables, scratch)
 

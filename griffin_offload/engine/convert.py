@@ -2,17 +2,19 @@
 
 import contextlib
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from griffin_offload.blocks.base import Block
 from griffin_offload.blocks.experts import Experts
 from griffin_offload.blocks.layouts import build_on_meta, find_feed_forwards
 from griffin_offload.blocks.model_shape import model_shape
-from griffin_offload.blocks.replace import finer_names, small_names
+from griffin_offload.blocks.replace import expert_names, finer_names, small_names
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.converted import ConversionInfo, check_shard
 from griffin_offload.checkpoint.registry import open_checkpoint
@@ -78,17 +80,19 @@ def convert(
             "out --embeddings"
         )
     format = get(precision)
-    has_experts = any(isinstance(block, Experts) for block in find_feed_forwards(meta, _layers_of(checkpoint))[1])
+    layers = list(zip(*find_feed_forwards(meta, _layers_of(checkpoint)), strict=True))
+    has_experts = any(isinstance(block, Experts) for _, block in layers)
     if format.holds and has_experts:
         raise UsageError(f"experts are of one format each, {precision} are of FF neurons: give int4")
     if format.is_plain and not has_experts:
         raise UsageError(f"{checkpoint.directory} has no experts, all that {precision} rewrites: give int8 or int4")
-    held = held_finer(checkpoint) if format is INT4 and not has_experts else {}
+    held = held_finer(checkpoint) if format is INT4 else {}
     finer = small_beside(format.outside(), checkpoint)
     shape = model_shape(meta, format, format, get(tables), finer=finer, held=held)
     records = RECORD_VERSION if has_experts else 0
     small = "" if shape.finer is None else shape.finer.name
-    mark = ConversionInfo(precision, checkpoint.fingerprint(), tables, records=records, small=small)
+    finer_experts = _finer_experts(layers, held)
+    mark = ConversionInfo(precision, checkpoint.fingerprint(), tables, records, small, finer_experts)
     directory = CopyDirectory(out, "conversion", mark.entries(), mark.metadata(), partial(check_shard, mark=mark))
     if not held:
         _warn_of_finer(checkpoint, meta, format)
@@ -106,6 +110,12 @@ def convert(
         read_bytes=checkpoint.weight_bytes,
         written_bytes=sum((directory.path / name).stat().st_size for name in names),
     )
+
+
+def _finer_experts(layers: Sequence[tuple[nn.Module, Block]], held: Mapping[int, set[str]]) -> dict[str, list[str]]:
+    """Of what is `held` in more bits, by layer the names of what every expert has."""
+    found = {str(i): sorted(names & expert_names(*layers[i]).keys()) for i, names in sorted(held.items())}
+    return {layer: names for layer, names in found.items() if names}
 
 
 def _warn_of_finer(checkpoint: Checkpoint, meta: StockModel, format: Format) -> None:

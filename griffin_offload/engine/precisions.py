@@ -95,7 +95,10 @@ def held_finer(checkpoint: Checkpoint) -> dict[int, set[str]]:
     """By layer the names of matrices that a file of four bits holds in more, or a copy does, small ones too; of other
     files none."""
     if not checkpoint.precision.is_plain:
-        return _stored_in(checkpoint, checkpoint.small) if checkpoint.precision is INT4 else {}
+        stored = _stored_in(checkpoint, checkpoint.small) if checkpoint.precision is INT4 else {}
+        for layer, names in checkpoint.finer_experts.items():
+            stored.setdefault(layer, set()).update(names)
+        return stored
     if grid_share(checkpoint) < _MOST_ON_GRIDS:
         return {}
     matrices = _layer_matrices(checkpoint)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from griffin_offload.blocks.base import Block
 from griffin_offload.blocks.experts import EXPERTS_INPUT, Experts, is_experts
-from griffin_offload.blocks.replace import fits_rows, linear_names
+from griffin_offload.blocks.replace import expert_names, fits_rows, linear_names
 from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.converted import ConversionInfo, save_with_records
 from griffin_offload.checkpoint.files import check_name, one_writer, renamed, temporary_name, write_text
@@ -268,7 +268,7 @@ class Quantizing:
     def __init__(
         self, format: Format, dtype: torch.dtype, inputs: Inputs, missed: Missed, finer: frozenset[str] = frozenset()
     ) -> None:
-        """`finer` are modules that are written in SMALL_MATRICES."""
+        """`finer` are modules, and matrices of all experts, that are written in SMALL_MATRICES."""
         self._format, self._dtype, self._inputs, self._missed, self._finer = format, dtype, inputs, missed, finer
         self._last: tuple[Tensor, Compensation] | None = None
         """Of modules that have the same inputs and follow one another."""
@@ -298,10 +298,12 @@ class Quantizing:
         """Whether matrices outside of experts change."""
         return not self._format.is_plain
 
-    def form_of(self, block: Experts) -> ExpertForm:
+    def form_of(self, layer: nn.Module, block: Experts) -> ExpertForm:
         """How experts of `block` are written."""
         own, importance = self._format.rests_as(), self._inputs.get(EXPERTS_INPUT)
-        return replace(block.form, precision=own, records=self._dtype, importance=importance)
+        finer = frozenset(matrix for name, matrix in expert_names(layer, block).items() if name in self._finer)
+        form = replace(block.form, finer=SMALL_MATRICES, finer_ones=finer)
+        return replace(form, precision=own, records=self._dtype, importance=importance)
 
     def _compensation(self, x: Tensor | None, *, is_down: bool) -> Compensation | None:
         if x is None:
@@ -354,7 +356,7 @@ def write_with_experts(
     mark: ConversionInfo,
 ) -> None:
     """A shard of `tensors`, and of the experts, of which one at a time is in memory."""
-    form, full = quantizing.form_of(block), block.full()
+    form, full = quantizing.form_of(layer, block), block.full()
     shape = (block.neurons, replace(form, stored=form.precision).record_bytes)
     module = next(name for name, module in layer.named_modules() if module is block.module)
 

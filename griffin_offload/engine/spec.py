@@ -223,7 +223,8 @@ def _check_experts(model_spec: ModelSpec, config: LoadConfig) -> None:
         )
     if config.offload == "ram":
         raise UsageError(
-            "offload='ram' does not hold experts yet: take offload='disk', which reads each when it is needed"
+            "offload='ram' holds no experts: they rest in their files, which the page cache holds where RAM has room: "
+            "leave it out"
         )
     if config.selection in WEIGHT_NORMS:
         raise UsageError(f"selection={config.selection!r} is by norms of neurons, and experts are none: take 'topk'")

@@ -1,5 +1,6 @@
 """Experts of files in four bits: the codes that they rest in, and what their file holds in more."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from griffin_offload import GriffinModel
 from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.engine.build import build
 from griffin_offload.engine.convert import convert
+from griffin_offload.errors import CheckpointError
 from griffin_offload.formats.translated import in_memory
 
 IDS = torch.arange(5, 45)[None]
@@ -41,16 +43,51 @@ def errors_of(model: GriffinModel, file: Path) -> list[list[float]]:
     return errors
 
 
-def test_a_copy_of_a_mixture_that_holds_less_than_its_file_is_named(tmp_path: Path, recwarn: pytest.WarningsRecorder):
-    """Its experts are of one form. Of files that hold all in four bits, and of copies in int8, nothing is said."""
-    more = {"blk.1.ffn_down_exps": "Q8_0"}
-    mixed = write_gguf(mixture(), tmp_path / "mixed.gguf", "Q4_1", others=more)
-    with pytest.warns(UserWarning, match="holds 1 matrices in more than four bits, the copy will"):
-        convert(mixed, tmp_path / "int4", "int4")
-    recwarn.clear()
-    convert(mixed, tmp_path / "int8", "int8")
-    convert(write_gguf(mixture(), tmp_path / "even.gguf", "Q4_1"), tmp_path / "even", "int4")
+@pytest.mark.parametrize(
+    "others",
+    [{"blk.1.ffn_down_exps": "Q8_0"}, {"blk.0.ffn_down_exps": "Q8_0", "blk.0.attn_q": "Q8_0"}],
+)
+def test_copies_hold_what_their_file_holds_in_more(
+    others: dict[str, str], tmp_path: Path, recwarn: pytest.WarningsRecorder
+):
+    """Of experts, too, in records of their own size, layer by layer: the copy answers as its file to the last bit,
+    resident or fetched."""
+    file = write_gguf(mixture(), tmp_path / "mixed.gguf", "Q4_1", others=others)
+    convert(file, tmp_path / "copy", "int4")
     assert not [one for one in recwarn if "in more than four bits" in str(one.message)]
+    answers, errors = [], []
+    for model_path, asked in ((file, {}), (tmp_path / "copy", {}), (tmp_path / "copy", {"density": 0.5})):
+        with GriffinModel.from_pretrained(model_path, **OPTIONS, **asked) as model:
+            found = model.generate(
+                IDS, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True
+            )
+            answers.append(torch.stack(found.logits))
+            assert model.resident_bytes == model.plan.resident_bytes
+            assert model.last_report.peak_device_bytes <= model.plan.peak_bytes
+            if "density" not in asked:
+                errors.append(errors_of(model, file))
+    assert torch.equal(answers[1], answers[0])
+    assert torch.equal(answers[2], answers[0])
+    assert errors[1] == errors[0]
+    assert len({path.stat().st_size for path in sorted((tmp_path / "copy").glob("model-0000[12]*"))}) == 2
+
+
+def test_copies_of_even_files_say_nothing_of_experts(tmp_path: Path):
+    file = write_gguf(mixture(), tmp_path / "even.gguf", "Q4_1")
+    convert(file, tmp_path / "copy", "int4")
+    assert "finer_experts" not in json.loads((tmp_path / "copy" / "config.json").read_text())["quantization_config"]
+
+
+@pytest.mark.parametrize("said", [[], {"one": ["mlp.experts.down_proj"]}, {"1": "down"}, {"1": [3]}, {"9" * 20: []}])
+def test_a_damaged_list_of_finer_experts_is_named(said: Any, tmp_path: Path):
+    file = write_gguf(mixture(), tmp_path / "mixed.gguf", "Q4_1", others={"blk.1.ffn_down_exps": "Q8_0"})
+    convert(file, tmp_path / "copy", "int4")
+    config = json.loads((tmp_path / "copy" / "config.json").read_text())
+    assert config["quantization_config"]["finer_experts"] == {"1": ["mlp.experts.down_proj"]}
+    config["quantization_config"]["finer_experts"] = said
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"damaged quantization_config|another conversion|convert again"):
+        open_checkpoint(tmp_path / "copy")
 
 
 @pytest.mark.parametrize(("kind", "most"), [("Q4_0", 0.025), ("Q4_1", 0.025), ("Q8_0", 0.12)])

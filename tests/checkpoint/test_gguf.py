@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from support.gguf_files import write_gguf
-from support.tiny_models import ARCHITECTURES, HYBRIDS
+from support.tiny_models import ARCHITECTURES, FURTHER, HYBRIDS
 
 from griffin_offload import GriffinModel
 from griffin_offload.checkpoint.gguf_blocks import BlockDecoder, block_types
@@ -22,12 +22,13 @@ from griffin_offload.engine.build import build
 from griffin_offload.engine.convert import convert
 from griffin_offload.engine.spec import examine, plan_for
 from griffin_offload.errors import CheckpointError, UnsupportedModel, UsageError
+from griffin_offload.formats.translated import in_memory
 
 IDS = torch.arange(5, 45)[None]
 OPTIONS = {"device": "cpu", "ctx_size": 64, "max_gpu_mem": "1GB", "quantize": "none"}
 NAMES = ["llama2", "llama3", "llama_bias", "mistral", "gemma", "gemma2", "gemma3", "qwen2", "qwen3", "phi3", "stablelm"]
-NAMES += ["starcoder2", "falcon_multi_query", "falcon_new", "gpt2", "bloom", "lfm2"]
-TABLE = ARCHITECTURES | HYBRIDS
+NAMES += ["starcoder2", "falcon_multi_query", "falcon_new", "gpt2", "bloom", "lfm2", "qwen3_5", "gemma4"]
+TABLE = ARCHITECTURES | HYBRIDS | FURTHER
 
 
 def model_of(name: str) -> Any:
@@ -70,6 +71,66 @@ def test_factors_of_frequencies_are_kept_beyond_the_trained_length(tmp_path: Pat
     plain = type(model)(model.config).eval()
     plain.load_state_dict(model.state_dict())
     assert not torch.allclose(logits_of(found, ids), logits_of(plain, ids), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_double_wide_mlp": True, "num_kv_shared_layers": 3},
+        {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0},
+    ],
+)
+def test_layers_of_gemma_4_differ(settings: dict[str, Any], tmp_path: Path):
+    """As in its smaller and in its larger models: wider ones that share keys, whole ones of other heads."""
+    sizes = {"vocab_size": 320, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    sizes |= {"intermediate_size": 64, "num_hidden_layers": 6, "max_position_embeddings": 256, "sliding_window": 8}
+    sizes |= {"global_head_dim": 32, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 320}
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    torch.manual_seed(0)
+    model = transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**sizes | settings, layer_types=kinds)).eval()
+    for layer in model.model.layers:
+        layer.layer_scalar.fill_(0.7)
+    found = build(open_checkpoint(write_gguf(model, tmp_path / "tiny.gguf")))
+    torch.testing.assert_close(logits_of(found), logits_of(model), rtol=1e-5, atol=2e-5)
+    assert found.config.layer_types == kinds
+
+
+def test_layers_that_draft_are_left_aside(tmp_path: Path):
+    """Qwen3.5's files may have llama.cpp's drafting layer behind the others, which transformers has no place for."""
+    model = TABLE["qwen3_5"].build()
+    layers = model.config.num_hidden_layers
+    plain = open_checkpoint(write_gguf(model, tmp_path / "plain.gguf"))
+    kinds = [*model.config.layer_types, "full_attention"]
+    settings = model.config.to_dict() | {"num_hidden_layers": layers + 1, "layer_types": kinds}
+    longer = type(model)(type(model.config)(**settings))
+    more = {"qwen35.nextn_predict_layers": 1}
+    path = write_gguf(longer, tmp_path / "drafts.gguf", more=more)
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.config.num_hidden_layers == layers
+    assert checkpoint.weight_bytes == plain.weight_bytes
+    assert checkpoint.tensors().keys() == plain.tensors().keys()
+
+
+@pytest.mark.parametrize("value_size", [32, 48])
+def test_columns_in_another_order_keep_their_codes(value_size: int, tmp_path: Path):
+    """Of linear attention's output: heads of whole groups on a grid keep their codes, others become numbers alone."""
+    sizes = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_value_head_dim": value_size}
+    config = transformers.Qwen3_5TextConfig(
+        **TABLE["qwen3_5"].build().config.to_dict() | sizes | {"hidden_size": 64, "intermediate_size": 96}
+    )
+    torch.manual_seed(0)
+    path = write_gguf(transformers.Qwen3_5ForCausalLM(config).eval(), tmp_path / "tiny.gguf", "Q4_1")
+    checkpoint = open_checkpoint(path)
+    stored = checkpoint.tensors()["model.layers.0.linear_attn.out_proj.weight"]
+    assert isinstance(stored.decode, BlockDecoder)
+    assert stored.decode.on_grids == (value_size % 32 == 0)
+    exact = torch.empty(stored.shape, dtype=torch.float32)
+    parts = [torch.from_numpy(np.fromfile(p.path, np.uint8, p.nbytes, offset=p.offset)) for p in stored.parts]
+    stored.decode(parts, 0, stored.shape[0], exact)
+    if stored.decode.on_grids:
+        rows = torch.tensor([5, 2, 3])
+        codes = stored.decode.coded(parts, stored.shape[0], rows)
+        torch.testing.assert_close(codes.numbers(), exact[rows], rtol=0, atol=1e-6)
 
 
 BLOCKS = ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4"]
@@ -143,6 +204,27 @@ def test_answers_are_those_of_the_same_numbers_in_a_directory(pair: tuple[Path, 
     assert found == answer(pair[1], density=density, dtype=plain)[0]
     stored = sum(t.stored_bytes for name, t in open_checkpoint(pair[0]).tensors().items() if ".mlp." in name)
     assert prefill.streamed_bytes == (stored if density < 1 else 0)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "gemma4"])
+def test_layers_that_differ_stream_and_convert(name: str, tmp_path: Path):
+    """Heads in another order and keys that are shared, in blocks: as the same numbers in a directory."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128} | ({"linear_value_head_dim": 32} if name == "qwen3_5" else {})
+    torch.manual_seed(0)
+    config = TABLE[name].build().config
+    for key, size in sizes.items():
+        setattr(config, key, size)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    file = write_gguf(model, tmp_path / "tiny.gguf", "Q8_0")
+    exact = dict(build(open_checkpoint(file).in_precision(torch.float32)).named_parameters())
+    for own, parameter in model.named_parameters():
+        parameter.data = in_memory(exact[own]).detach().float()
+    model.save_pretrained(tmp_path / "plain")
+    for density in (1.0, 0.5):
+        found = [answer(path, density=density, dtype="float32")[0] for path in (file, tmp_path / "plain")]
+        assert found[0] == found[1]
+    convert(file, tmp_path / "copy", "int8")
+    assert answer(tmp_path / "copy", quantize="int8")[0] == answer(file, quantize="int8")[0]
 
 
 def test_a_plan_counts_the_numbers_that_are_made(pair: tuple[Path, Path]):
@@ -231,6 +313,24 @@ def test_digits_are_cut_as_the_file_says(checkpoints, tmp_path: Path):
     assert found == {"gpt-2": ["12"], "smollm": ["1", "2"]}
 
 
+@pytest.mark.parametrize(
+    ("kind", "text", "words"),
+    [  # what the makers' own tokenizer.json cut: o200k at capitals, Qwen3.5 no marks off their letters
+        ("gpt-4o", "HelloWorld don't 12345 a/\n", ["Hello", "World", " don't", " ", "123", "45", " a", "/\n"]),
+        ("llama4", "XMLParser CamelCase's", ["XMLParser", " Camel", "Case's"]),
+        ("qwen35", "e\u0301te\u0301 don't 12", ["e\u0301te\u0301", " don", "'t", " ", "1", "2"]),
+        ("qwen2", "e\u0301te", ["e", "\u0301te"]),
+    ],
+)
+def test_texts_are_cut_as_their_makers_cut_them(kind: str, text: str, words: list[str], checkpoints, tmp_path: Path):
+    """Files of gpt-oss say gpt-4o."""
+    tokens, path = checkpoints("llama2"), tmp_path / "tiny.gguf"
+    write_gguf(TABLE["llama2"].build(), path, tokenizer=tokens, more={"tokenizer.ggml.pre": kind})
+    backend = open_checkpoint(path).tokenizer().backend_tokenizer
+    cut = [text[first:end] for _, (first, end) in backend.pre_tokenizer.pre_tokenize_str(text)]
+    assert cut == words
+
+
 def test_sentencepiece_words_are_joined_by_score(tmp_path: Path):
     words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     words += ["\u2581", "a", "b", "ab", "ba", "\u2581a", "aba"]
@@ -243,6 +343,22 @@ def test_sentencepiece_words_are_joined_by_score(tmp_path: Path):
     ids = tokenizer("aba bé")["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "\u2581a", "ba", "\u2581", "b", "<0xC3>", "<0xA9>"]
     assert tokenizer.decode(ids, skip_special_tokens=True) == "aba bé"
+
+
+def test_words_of_gemma_4_are_merged_by_its_list(tmp_path: Path):
+    """Spaces are letters, what is no word falls back to bytes, nothing is put in front."""
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words += ["\u2581", "a", "b", "\n", "ab", "\u2581a", "\u2581ab", "\n\n"]
+    more = {"tokenizer.ggml.model": "gemma4", "tokenizer.ggml.tokens": words, "tokenizer.ggml.add_bos_token": True}
+    more |= {"tokenizer.ggml.merges": ["a b", "\u2581 ab", "\u2581 a", "\n \n"], "tokenizer.ggml.scores": [0.0] * 268}
+    more |= {"tokenizer.ggml.token_type": [3, 3, 3, 2] + [6] * 256 + [1] * 8, "tokenizer.ggml.bos_token_id": 2}
+    more |= {"tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.unknown_token_id": 3}
+    tokenizer = open_checkpoint(write_gguf(TABLE["gemma4"].build(), tmp_path / "tiny.gguf", more=more)).tokenizer()
+    ids = tokenizer("ab ab a\n\n\u00e9")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == [
+        *("<bos>", "ab", "\u2581ab", "\u2581a", "\n\n", "<0xC3>", "<0xA9>"),
+    ]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "ab ab a\n\n\u00e9"
 
 
 def test_mixtures_and_unknown_architectures_are_refused_by_name(tmp_path: Path):

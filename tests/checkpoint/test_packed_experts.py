@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from foreign_formats import fp8_blocks
+from foreign_formats import FORMATS, Foreign, fp8_blocks, write_foreign
 from loaded_model import ids
 from marks import mostly_slow
 from packed_experts import write_mxfp4
@@ -18,7 +18,10 @@ from tiny_models import VOCAB, write_checkpoint
 from torch import Tensor
 
 from griffin_offload import GriffinModel
+from griffin_offload.checkpoint.registry import read_config
+from griffin_offload.config import LoadConfig
 from griffin_offload.engine.convert import convert
+from griffin_offload.engine.spec import examine, examine_checkpoint, plan_for
 from griffin_offload.errors import CheckpointError
 
 GREEDY = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 8}
@@ -199,6 +202,57 @@ def test_fp8_with_the_experts_of_a_layer_in_one_tensor(tmp_path: Path, turned: b
     with GriffinModel.from_pretrained(packed, device="cpu", max_gpu_mem="40MB", ctx_size=64, density=0.5) as model:
         first = model.generate(prompt, attention_mask=torch.ones_like(prompt), **GREEDY).logits[0]
     assert (first - theirs.logits[0]).abs().max() < 0.05 * theirs.logits[0].abs().max()
+
+
+def _one_by_one(directory: Path, foreign: Foreign) -> tuple[Path, Path]:
+    """Llama 4's experts, each matrix of each packed by itself, in rows of outputs; and the same numbers in bfloat16."""
+    source = write_checkpoint("llama4", directory / "source", torch.bfloat16, shards=1)
+    tensors = {key: tensor for file in source.glob("*.safetensors") for key, tensor in load_file(file).items()}
+    plain = dict(tensors)
+    for key in [key for key in tensors if key.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        names = ("gate_proj", "up_proj") if "gate_up" in key else ("down_proj",)
+        stem, numbers = key.rpartition(".")[0], []
+        for expert, matrix in enumerate(tensors.pop(key)):
+            parts = [foreign.pack(part.float().contiguous()) for part in matrix.t().chunk(len(names))]
+            for name, (packed, _) in zip(names, parts, strict=True):
+                tensors |= {f"{stem}.{expert}.{name}.{suffix}": tensor.clone() for suffix, tensor in packed.items()}
+            numbers.append(torch.cat([exact for _, exact in parts]).t())
+        plain[key] = torch.stack(numbers).bfloat16().contiguous()
+    config = json.loads((source / "config.json").read_text())
+    for kind, found, more in (("packed", tensors, {"quantization_config": foreign.said}), ("plain", plain, {})):
+        (directory / kind).mkdir()
+        save_file(found, directory / kind / "model.safetensors", {"format": "pt"})
+        (directory / kind / "config.json").write_text(json.dumps(config | more))
+    return directory / "packed", directory / "plain"
+
+
+@pytest.mark.parametrize(
+    ("method", "precisions"),
+    mostly_slow([("compressed fp8 rows", ("none", "int8", "int4")), ("compressed 4 bit", ("none", "int8"))], 1),
+)
+def test_llama_4_one_expert_after_the_other(method: str, precisions: tuple[str, ...], tmp_path: Path):
+    """As llm-compressor saves it, which quantises matrices of linear layers: transformers knows no such files."""
+    packed, plain = _one_by_one(tmp_path, FORMATS[method])
+    for precision in precisions:
+        expected = _answer(plain, quantize=precision, density=1.0)[1]
+        for density in (0.25, 1.0):
+            assert torch.equal(_answer(packed, quantize=precision, density=density)[1], expected)
+        convert(packed, tmp_path / precision, precision)
+        assert torch.equal(_answer(tmp_path / precision, quantize=precision, density=0.5)[1], expected)
+
+
+def test_a_config_alone_plans_with_packed_experts(tmp_path: Path):
+    """Buffers for what is stored are beside those of what is made of it."""
+    source = write_checkpoint("qwen3_moe", tmp_path / "source", torch.bfloat16, shards=1)
+    write_foreign(source, tmp_path / "packed", FORMATS["compressed fp8 rows"], left_out="none")
+    sizes = {"device": "cpu", "ctx_size": 64, "max_gpu_mem": "1GB", "max_cpu_mem": None}
+    options = LoadConfig(**sizes, density=0.5, quantize="none")
+    files = plan_for(examine(tmp_path / "packed", options))
+    config = plan_for(examine_checkpoint(read_config(tmp_path / "packed" / "config.json"), options))
+    plain = plan_for(examine_checkpoint(read_config(source / "config.json"), options))
+    assert config.full_bytes == files.full_bytes
+    assert config.prefill_parts["slots"] == pytest.approx(files.prefill_parts["slots"], rel=0.05)
+    assert config.prefill_parts["slots"] > 1.2 * plain.prefill_parts["slots"]
 
 
 def test_fp8_scales_of_another_shape(tmp_path: Path):

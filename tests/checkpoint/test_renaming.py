@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES
 from torch import Tensor
 
+from griffin_offload import GriffinModel
+from griffin_offload.blocks.states import check_takes_cache
 from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.engine.build import build
-from griffin_offload.errors import CheckpointError
+from griffin_offload.errors import CheckpointError, UnsupportedModel
 
 Names = Callable[[str, str], str]
 NAMES: dict[str, Names] = {
@@ -61,3 +63,28 @@ def test_what_was_renamed_is_saved_under_the_old_names_again(tmp_path: Path):
     saved = [load_file(tmp_path / place / "model.safetensors") for place in "ab"]
     assert saved[0].keys() == saved[1].keys() != model.state_dict().keys()
     assert all(torch.equal(tensor, saved[1][name]) for name, tensor in saved[0].items())
+
+
+@pytest.mark.skipif(not hasattr(hf, "KimiLinearConfig"), reason="transformers before 5.23 does not have it")
+def test_experts_by_patterns_that_are_expressions(tmp_path: Path):
+    """Kimi Linear's rules are written with escaped dots: its experts were taken for such that have to be merged."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 48, "num_hidden_layers": 4}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320, "max_position_embeddings": 256}
+    sizes |= {"linear_head_dim": 16, "linear_num_heads": 4, "kv_lora_rank": 16, "v_head_dim": 16, "pad_token_id": 0}
+    sizes |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
+    sizes |= {"bos_token_id": 1, "eos_token_id": 2}
+    kinds = ["linear_attention", "full_attention"] * 2
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(hf.KimiLinearConfig(**sizes, layer_types=kinds)).eval()
+    model.save_pretrained(tmp_path / "model")
+    ids = torch.arange(5, 25)[None]
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+    with GriffinModel.from_pretrained(tmp_path / "model", device="cpu", max_gpu_mem="60MB", ctx_size=64) as found:
+        assert torch.equal(found.generate(ids, max_new_tokens=4, do_sample=False), expected)
+
+
+def test_types_whose_answers_differ_are_refused(checkpoints):
+    model = build(open_checkpoint(checkpoints("llama2")))
+    model.config.model_type = "deepseek_v4"
+    with pytest.raises(UnsupportedModel, match="does not answer here as in transformers"):
+        check_takes_cache(model)

@@ -362,7 +362,7 @@ def test_a_router_that_asks_for_more_experts_than_there_are(mixtures, tmp_path: 
 
 
 _REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "ram": ({"offload": "ram"}, "offload='ram' does not hold experts yet"),
+    "ram": ({"offload": "ram"}, "offload='ram' holds no experts"),
     "selection": ({"selection": "magnitude"}, "selection='magnitude' is by norms of neurons"),
 }
 

@@ -200,6 +200,7 @@ OTHERS = {
     ("checkpoint/quantisation_config.py", "int8"),
     ("checkpoint/adapter.py", "none"),
     ("checkpoint/gguf_config.py", "none"),
+    ("checkpoint/gguf_architectures.py", "none"),
     ("checkpoint/gguf_tokenizer.py", "none"),
 }
 # Where names of formats are listed, for what starts without torch.

@@ -105,6 +105,11 @@ _OF_TYPE: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": {
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        **{"linear_head_dim": 16, "linear_num_heads": 4, "kv_lora_rank": 16, "v_head_dim": 16},
+        **{"qk_rope_head_dim": 8, "qk_nope_head_dim": 8},
+    },
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"], "num_dense_layers": 1},
     "gemma4_text": {"enable_moe_block": True, "top_k_experts": 2},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "mamba_n_heads": 8},

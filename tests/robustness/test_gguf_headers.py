@@ -8,27 +8,28 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from support.gguf_files import write_gguf
-from support.tiny_models import ARCHITECTURES
+from support.tiny_models import ARCHITECTURES, FURTHER, HYBRIDS
 
 from griffin_offload.checkpoint.gguf_blocks import block_types
 from griffin_offload.checkpoint.gguf_file import read_gguf
 from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.errors import CheckpointError, GriffinError, UnsupportedModel
 
-SAMPLE = 150 * int(os.environ.get("GRIFFIN_ROBUSTNESS", "1"))
+SAMPLE = 75 * int(os.environ.get("GRIFFIN_ROBUSTNESS", "1"))
 HUGE = [0, 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1]
 PIECES = st.sampled_from([struct.pack("<Q", number) for number in HUGE]) | st.binary(min_size=1, max_size=8)
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["llama3", "gemma4", "qwen3_5"])
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a plain architecture, of one whose layers differ, and of one whose heads are in another order."""
     path = tmp_path_factory.mktemp("whole") / "tiny.gguf"
     more = {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": ["<unk>", "a"],
         "tokenizer.ggml.scores": [0.0, 1.0],
     }
-    return write_gguf(ARCHITECTURES["llama3"].build(), path, "Q8_0", more=more)
+    return write_gguf((ARCHITECTURES | FURTHER | HYBRIDS)[request.param].build(), path, "Q8_0", more=more)
 
 
 @settings(max_examples=SAMPLE, suppress_health_check=[HealthCheck.function_scoped_fixture])
