@@ -14,7 +14,7 @@ from griffin_offload.blocks.feedforward import features
 from griffin_offload.devices.threads import put
 from griffin_offload.formats.base import Format, Layout
 from griffin_offload.formats.linear import QuantizedLinear, TieredLinear
-from griffin_offload.formats.translated import TranslatedTensor
+from griffin_offload.formats.translated import TranslatedTensor, on_grids
 from griffin_offload.kernels.by_blocks import Scratch
 
 _SMALL_SHARE = 1 / 16
@@ -132,7 +132,7 @@ def swap_linears(
             full = source.stored(is_down=is_down and not (in_rows and name in in_rows[index]))
             if isinstance(module, QuantizedLinear):  # of a copy: as it lies there
                 full = module.full
-            is_down = is_down and (index in streamed or not _rests_in_rows(module, own))
+            is_down = is_down and (index in streamed or not _takes_rows_over(module, own))
             new = _replaced(module, own, block, full, scratch, is_down=is_down)
             new.importance = (importance or {}).get(f"{index}.{name}")
             setattr(layer.get_submodule(parent), attribute, new)
@@ -145,13 +145,12 @@ def turn_experts(blocks: Sequence[Block]) -> None:
             block.take_rows()
 
 
-def _rests_in_rows(module: nn.Module, tiers: Tiers) -> bool:
-    """Whether a down projection rests in rows of outputs, as all other matrices: with all of its neurons, which are not
-    to be told apart then. Inputs count unlike in a group of them, and may lie on grids in their file; a copy has it as
-    it has."""
-    outputs, inputs = features(module)
+def _takes_rows_over(module: nn.Module, tiers: Tiers) -> bool:
+    """Whether a down projection rests in rows of outputs, as all other matrices, because these lie on grids in its file
+    that its format takes over, or so in its copy. Then its neurons are not to be told apart: all of them stay."""
+    (outputs, inputs), weight = features(module), module.weight
     ((format, kept), *others) = tiers
-    lies_so = isinstance(module, nn.Linear)
+    lies_so = isinstance(module, nn.Linear) and isinstance(weight, TranslatedTensor) and on_grids(weight.decode)
     if isinstance(module, QuantizedLinear):
         lies_so = module.full is format.stored(is_down=False)
     return lies_so and not others and kept == inputs and fits_rows(format, outputs, inputs)

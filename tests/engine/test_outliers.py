@@ -110,14 +110,6 @@ def test_where_tokens_are_huge_down_projections_lie_in_rows(density, outliers, d
     assert _error(torch.stack(output.logits), expected) < LARGEST_ERROR["int4"]
 
 
-@pytest.mark.parametrize("density", [1.0, 0.5])
-def test_on_the_way_all_neurons_rest_in_rows_and_chosen_ones_in_strips(density, outliers):
-    model = _load(outliers(), "int4", density)
-    model.generate(PROMPT, max_new_tokens=2, do_sample=False)
-    downs = [module for name, module in model.model.named_modules() if name.endswith("down_proj")]
-    assert {module.layout.name for module in downs} == {"int4_rows" if density == 1 else "int4_strips"}
-
-
 def _stored(path: Path) -> dict[str, Tensor]:
     return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
