@@ -155,7 +155,7 @@ def _many_from(form: str, dtype: torch.dtype) -> int | None:
     if found is None or dtype not in (torch.float32, torch.bfloat16):
         return None
     if dtype == torch.bfloat16 and found.sums_pairs:
-        of_pairs = {"int8": 7, "int4_strips": 11}
+        of_pairs = {"int8": 11, "int4_strips": 11}
         return (17 if form == "int8" else 24) if found.sums_tiles else of_pairs.get(form, gemv.ROWS + 1)
     is_avx2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
     return gemv.ROWS + 1 if dtype == torch.float32 and is_avx2 else None
