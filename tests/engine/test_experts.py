@@ -22,6 +22,7 @@ from griffin_offload.errors import (
     UnsupportedModel,
     UsageError,
 )
+from griffin_offload.transformers_api import CACHE
 
 NEW, EXPERTS, ACTIVE = 6, 8, 2
 
@@ -231,7 +232,7 @@ def test_route_is_each_routers_own_choice_among_residents(mixtures, name: str):
     on[0] = True
     for token, logits in zip(found.sequences[0, 20:], found.logits, strict=True):
         torch.testing.assert_close(output.logits[:, -1], logits, rtol=1e-4, atol=1e-4)
-        output = dense(token[None, None], past_key_values=output.past_key_values, use_cache=True)
+        output = dense(token[None, None], **{CACHE: output[CACHE]}, use_cache=True)
 
 
 def test_residents_run_out_of_a_routers_groups(mixtures):
