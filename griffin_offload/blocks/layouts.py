@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from griffin_offload.blocks.base import Activations, Block, Finder, NoFeedForward
 from griffin_offload.blocks.experts import find_experts
 from griffin_offload.blocks.feedforward import FeedForward, SubNorm, features
-from griffin_offload.blocks.states import check_takes_cache, takes_cache
+from griffin_offload.blocks.states import check_decodable, takes_cache
 from griffin_offload.devices.threads import building
 from griffin_offload.errors import CheckpointError, UnsupportedModel, UsageError, one_line
 from griffin_offload.formats.base import is_plain
@@ -260,7 +260,7 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> StockModel:
             reason = one_line(error).partition(" Model type should be one of")[0]  # a page of names
             raise CheckpointError(f"the config does not describe a causal language model: {reason}") from error
     leave_out_towers(model)
-    check_takes_cache(model)  # before anything is said of feed-forwards, which such models may not have
+    check_decodable(model)  # before anything is said of feed-forwards, which such models may not have
     return model
 
 

@@ -15,7 +15,7 @@ from griffin_offload.blocks.feedforward import features
 from griffin_offload.blocks.layouts import find_feed_forwards
 from griffin_offload.blocks.replace import check_layer, expert_names, finer_names, linear_names, outside_names
 from griffin_offload.blocks.sizes import LayerSizes, ModelSizes, NeuronSizes
-from griffin_offload.blocks.states import LayerState, check_takes_cache, kept_states, positions_reached, windows_of
+from griffin_offload.blocks.states import LayerState, check_decodable, kept_states, positions_reached, windows_of
 from griffin_offload.errors import UnsupportedModel
 from griffin_offload.formats.base import Format, Spec, specs_bytes
 from griffin_offload.formats.floats import FLOATS
@@ -98,7 +98,7 @@ class ModelParts:
 
 def parts_of(model: StockModel) -> ModelParts:
     """Raises UnsupportedModel."""
-    check_takes_cache(model)
+    check_decodable(model)
     config = model.config.get_text_config()
     decoder, blocks = find_feed_forwards(model, config.num_hidden_layers)
     states, windows = kept_states(model, decoder), windows_of(config)
@@ -123,7 +123,7 @@ def _structure(layer: nn.Module) -> Hashable:
 
 def states_of(model: StockModel) -> list[LayerState]:
     """What each decoder layer of `model` keeps of a sequence; errors as `kept_states`."""
-    check_takes_cache(model)
+    check_decodable(model)
     return kept_states(model, find_feed_forwards(model, model.config.get_text_config().num_hidden_layers)[0])
 
 

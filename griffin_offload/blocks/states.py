@@ -203,7 +203,7 @@ def takes_cache(part: nn.Module) -> bool:
     return not set(CACHE_NAMES).isdisjoint(inspect.signature(type(part).forward).parameters)
 
 
-def check_takes_cache(model: StockModel) -> None:
+def check_decodable(model: StockModel) -> None:
     """UnsupportedModel for a model that is given no KV cache, or whose answers were found to be others here."""
     if model.config.model_type in _DIFFERENT:
         raise UnsupportedModel(f"{_name(model)} does not answer here as in transformers, which is not mended yet")

@@ -86,10 +86,7 @@ def _gemma3(described: Described, config: dict[str, Any]) -> None:
     config["final_logit_softcapping"] = described.number("final_logit_softcapping", None)
     _query_scale(described, config)
     every = described.integer("attention.sliding_window_pattern", _GEMMA3_PATTERN)
-    layers = range(min(config["num_hidden_layers"], 2**16))
-    config["layer_types"] = [
-        "sliding_attention" if every and (layer + 1) % every else "full_attention" for layer in layers
-    ]
+    config["layer_types"] = _every(every, config, "sliding_attention" if every else "full_attention")
     local = described.number("rope.freq_base_swa", _GEMMA3_LOCAL_THETA)
     config["rope_parameters"] = {
         "full_attention": config["rope_parameters"],
@@ -297,8 +294,7 @@ def _gpt_oss(described: Described, config: dict[str, Any]) -> None:
     _experts(described, config, "num_local_experts")
     _inner(described, config, "intermediate_size")
     config["sliding_window"] = described.integer("attention.sliding_window")
-    layers = range(min(config["num_hidden_layers"], 2**16))
-    config["layer_types"] = ["full_attention" if layer % 2 else "sliding_attention" for layer in layers]
+    config["layer_types"] = _every(2, config, "sliding_attention")
     config["attention_bias"] = described.has("blk.0.attn_q.bias")
     rope = config["rope_parameters"]
     if rope["rope_type"] == "yarn":
@@ -318,12 +314,12 @@ _QWEN3_5: dict[str, Any] = {
     "written": False,
 }
 _CORRECTION = {"mlp.e_score_correction_bias": "mlp.e_score_correction.bias"}
-LLAMA_ROWS = {"attn_q": pairs_apart("num_attention_heads"), "attn_k": pairs_apart("num_key_value_heads")}
+_LLAMA_ROWS = {"attn_q": pairs_apart("num_attention_heads"), "attn_k": pairs_apart("num_key_value_heads")}
 _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
 ARCHITECTURES = {
-    "llama": Architecture("llama", "llama", _biases, rows=LLAMA_ROWS),
+    "llama": Architecture("llama", "llama", _biases, rows=_LLAMA_ROWS),
     "qwen2": Architecture("qwen2", "qwen2"),
     "qwen3": Architecture("qwen3", "qwen3", _qwen3),
     "phi3": Architecture("phi3", "phi3", _phi3),
@@ -344,7 +340,7 @@ ARCHITECTURES = {
 """By the name in general.architecture."""
 
 MIXTURES: Mapping[str, Architecture] = {
-    "llama": Architecture("mixtral", "llama", _mixtral, rows=LLAMA_ROWS),
+    "llama": Architecture("mixtral", "llama", _mixtral, rows=_LLAMA_ROWS),
     "qwen2moe": Architecture("qwen2_moe", "qwen2moe", _qwen2_moe),
     "qwen3moe": Architecture("qwen3_moe", "qwen3moe", _qwen3_moe),
     "qwen35moe": Architecture("qwen3_5_moe_text", "qwen35moe", _qwen3_5_moe, **_QWEN3_5),

@@ -284,8 +284,8 @@ class Quantizing:
         format = self._format if neurons else self._format.outside()
         format = SMALL_MATRICES if name in self._finer else format
         x = self._inputs.get(name)
-        in_rows = codes is not None or (x is not None and has_huge_token(x))
-        is_down = is_down and not (in_rows and fits_rows(format, *matrix.shape))
+        if is_down and fits_rows(format, *matrix.shape):
+            is_down = codes is None and (x is None or not has_huge_token(x))
         found = None if codes is None or is_down else format.taken_over(codes, self._dtype)
         if found is None:
             own = self._compensation(x, is_down=is_down) if format.wants_importance else None

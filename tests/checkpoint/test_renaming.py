@@ -12,7 +12,7 @@ from tiny_models import ARCHITECTURES
 from torch import Tensor
 
 from griffin_offload import GriffinModel
-from griffin_offload.blocks.states import check_takes_cache
+from griffin_offload.blocks.states import check_decodable
 from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.engine.build import build
 from griffin_offload.errors import CheckpointError, UnsupportedModel
@@ -87,4 +87,4 @@ def test_types_whose_answers_differ_are_refused(checkpoints):
     model = build(open_checkpoint(checkpoints("llama2")))
     model.config.model_type = "deepseek_v4"
     with pytest.raises(UnsupportedModel, match="does not answer here as in transformers"):
-        check_takes_cache(model)
+        check_decodable(model)

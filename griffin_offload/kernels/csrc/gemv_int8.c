@@ -6,7 +6,7 @@
 #include "gemv.h"
 
 #define PAIRED 16 /* 16-bit numbers of a vector */
-#define GROUP 128 /* inputs with a scale, as few_rows.py says */
+#define GROUP 128 /* inputs with a scale, as gemv.py says */
 #define MOST 4    /* outputs, and rows, that are multiplied at once */
 
 AVX2 INLINED float scale_at(const Product *p, int64_t output) {
