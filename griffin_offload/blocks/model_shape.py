@@ -13,7 +13,14 @@ from griffin_offload.blocks.base import ALIGNMENT, Block, padded
 from griffin_offload.blocks.experts import Experts
 from griffin_offload.blocks.feedforward import features
 from griffin_offload.blocks.layouts import find_feed_forwards
-from griffin_offload.blocks.replace import check_layer, expert_names, finer_names, linear_names, outside_names
+from griffin_offload.blocks.replace import (
+    check_layer,
+    expert_names,
+    finer_names,
+    fits_rows,
+    linear_names,
+    outside_names,
+)
 from griffin_offload.blocks.sizes import LayerSizes, ModelSizes, NeuronSizes
 from griffin_offload.blocks.states import LayerState, check_decodable, kept_states, positions_reached, windows_of
 from griffin_offload.errors import UnsupportedModel
@@ -34,17 +41,21 @@ def model_shape(
     finer: Format | None = None,
     held: Mapping[int, Collection[str]] = MappingProxyType({}),
     in_rows: Mapping[int, Collection[str]] = MappingProxyType({}),
+    *,
+    by_layer: bool = False,
 ) -> ModelSizes:
     """Measure `model`, a stock transformers causal LM on the meta device, as if its layers were of `precision` on the
     device and `stored` in the checkpoint, and its embeddings and head of `tables`. `parts` are `parts_of(model)`, for
-    callers who ask more than once; `levels` are formats of FF neurons, if not `precision` alone; `head` is the
-    format that the head rests in on the device, if not that of `tables`, and `finer` the one that small matrices of a
-    layer rest in, if not `precision`, and those of `held`, names by layer; `in_rows` are those of matrices that are
-    stored in rows of outputs, down projections, too. Raises UnsupportedModel."""
+    callers who ask more than once; `levels` are formats of FF neurons, if not `precision` alone, of a layer's each if
+    `by_layer`; `head` is the format that the head rests in on the device, if not that of `tables`, and `finer` the one
+    that small matrices of a layer rest in, if not `precision`, and those of `held`, names by layer; `in_rows` are those
+    of matrices that are stored in rows of outputs, down projections, too. Raises UnsupportedModel."""
     levels = tuple(levels) or (precision,)
     config = model.config.get_text_config()
     parts = parts or parts_of(model)
-    layers = _layer_shapes(_Formats(precision, levels, stored, finer, held, in_rows), parts)
+    layers = _layer_shapes(
+        _Formats(precision, levels, stored, finer, held, in_rows, len(levels) == 1 or by_layer), parts
+    )
     embedding = model.get_input_embeddings().weight
     linear = model.get_output_embeddings()
     tied = linear is None or linear.weight is embedding
@@ -76,6 +87,7 @@ def model_shape(
         dtype=str(embedding.dtype).removeprefix("torch."),
         precision=precision,
         levels=levels,
+        by_layer=by_layer,
         stored=stored,
         finer=finer if any(layer.finer for layer in layers) else None,
         as_held=bool(held),
@@ -148,6 +160,8 @@ class _Formats:
     finer: Format | None
     held: Mapping[int, Collection[str]]
     in_rows: Mapping[int, Collection[str]]
+    whole: bool
+    """Whether all neurons of a layer are on one level."""
 
 
 def _layer_shapes(formats: _Formats, parts: ModelParts) -> tuple[LayerSizes, ...]:
@@ -178,10 +192,13 @@ def _layer_shape(
     full = _stored_specs(layer, block, stored, finer, finer_ff, formats.in_rows.get(index, ()))
     if len(levels) > 1:  # all matrices of a neuron are on its level
         finer_ones, finer_ff = finer_ones.difference(finer_ff), []
+    dtype = next(layer.parameters()).dtype
+    sizes = tuple(_neuron_sizes(layer, block, format, dtype, finer, finer_ff) for format in levels)
+    rows = _in_rows(layer, block, stored, formats.in_rows.get(index, ()), dtype) if formats.whole else None
+    own_formats = [finer if finer and rows and rows.name in finer_ff else format for format in levels]
     ff = {id(tensor) for tensor in block.full()}
     rest = [p for p in layer.parameters() if id(p) not in ff]
     attention = _nbytes(p for p in rest if p.dim() > 1)
-    dtype = next(layer.parameters()).dtype
     resting = {name: finer if finer and name in finer_ones else precision for name in outside}
     quantised = sum(
         resting[name].resident(is_down=False).nbytes(*features(module), dtype, is_down=False) - _nbytes([module.weight])
@@ -189,7 +206,7 @@ def _layer_shape(
     )
     return LayerSizes(
         neurons=block.neurons,
-        levels=tuple(_neuron_sizes(layer, block, format, dtype, finer, finer_ff) for format in levels),
+        levels=sizes,
         ff_bytes=specs_bytes(full, dtype),
         ff_flat_bytes=sum(padded(specs_bytes([spec], dtype), ALIGNMENT) for spec in full),
         attention_bytes=attention + quantised,
@@ -206,7 +223,44 @@ def _layer_shape(
         experts=block.active,
         mixing_bytes=state.mixing_bytes(sum(features(module)[0] for module in outside.values())),
         finer=finer_ones,
+        whole_bytes=() if rows is None else tuple(map(rows.whole_bytes, own_formats, sizes)),
     )
+
+
+@dataclass(frozen=True)
+class _DownInRows:
+    """A down projection [outputs, neurons] that rests in rows of outputs where all neurons stay, which are not to be
+    told apart then. A group of a row follows what each of its inputs counts, and what a huge token hangs on."""
+
+    name: str
+    outputs: int
+    neurons: int
+    copied: Format | None
+    """The format that a copy has it in, in rows; None: it is made of floats."""
+    dtype: torch.dtype
+
+    def whole_bytes(self, format: Format, size: NeuronSizes) -> int | None:
+        """Of all neurons of a layer that is not streamed; None where neurons are of this `size` there, too."""
+        if self.copied not in (None, format) or not fits_rows(format, self.outputs, self.neurons):
+            return None
+        rows, columns = (
+            format.resident(is_down=is_down).nbytes(self.outputs, self.neurons, self.dtype, is_down=is_down)
+            for is_down in (False, True)
+        )
+        return size.nbytes(self.neurons) + rows - columns
+
+
+def _in_rows(
+    layer: nn.Module, block: Block, stored: Format, in_rows: Collection[str], dtype: torch.dtype
+) -> _DownInRows | None:
+    if isinstance(block, Experts):
+        return None
+    for name in linear_names(layer):
+        module = layer.get_submodule(name)
+        lies_so = isinstance(module, nn.Linear) if stored.is_plain else name in in_rows
+        if block.is_down(module) and lies_so:
+            return _DownInRows(name, *features(module), None if stored.is_plain else stored.rests_as(), dtype)
+    return None
 
 
 def _stored_specs(

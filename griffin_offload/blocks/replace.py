@@ -14,7 +14,7 @@ from griffin_offload.blocks.feedforward import features
 from griffin_offload.devices.threads import put
 from griffin_offload.formats.base import Format, Layout
 from griffin_offload.formats.linear import QuantizedLinear, TieredLinear
-from griffin_offload.formats.translated import TranslatedTensor, on_grids
+from griffin_offload.formats.translated import TranslatedTensor
 from griffin_offload.kernels.by_blocks import Scratch
 
 _SMALL_SHARE = 1 / 16
@@ -106,14 +106,15 @@ def swap_linears(
     tiers: Sequence[Tiers] = (),
     finer: Format | None = None,
     finer_ones: Sequence[Container[str]] = (),
-    streamed: Container[int] = (),
+    resting_in_rows: Container[int] = (),
     in_rows: Sequence[Container[str]] = (),
 ) -> None:
     """Replace each by a module with the same parameters; those of a converted checkpoint are on meta, to be assigned.
     `importance` [3, I], by "layer.name", is of the inputs of matrices that are quantised while the model runs; `tiers`
     are of the FF of each layer, if it is not of `precision` alone; `finer` is what the `finer_ones` of each layer rest
-    in, and are stored in unless the others have as many bits or a copy has them as they are; `streamed` are layers
-    whose FF passes, and `in_rows` names of each layer's matrices that lie in rows of outputs, down projections, too.
+    in, and are stored in unless the others have as many bits or a copy has them as they are; `in_rows` are names of
+    each layer's matrices that are stored in rows of outputs, down projections, too; `resting_in_rows` layers whose down
+    projections rest so, too.
 
     Conv1D's matrix is turned around: every QuantizedLinear is [outputs, inputs].
     """
@@ -132,7 +133,7 @@ def swap_linears(
             full = source.stored(is_down=is_down and not (in_rows and name in in_rows[index]))
             if isinstance(module, QuantizedLinear):  # of a copy: as it lies there
                 full = module.full
-            is_down = is_down and (index in streamed or not _takes_rows_over(module, own))
+            is_down = is_down and index not in resting_in_rows
             new = _replaced(module, own, block, full, scratch, is_down=is_down)
             new.importance = (importance or {}).get(f"{index}.{name}")
             setattr(layer.get_submodule(parent), attribute, new)
@@ -145,21 +146,11 @@ def turn_experts(blocks: Sequence[Block]) -> None:
             block.take_rows()
 
 
-def _takes_rows_over(module: nn.Module, tiers: Tiers) -> bool:
-    """Whether a down projection rests in rows of outputs, as all other matrices, because these lie on grids in its file
-    that its format takes over, or so in its copy. Then its neurons are not to be told apart: all of them stay."""
-    (outputs, inputs), weight = features(module), module.weight
-    ((format, kept), *others) = tiers
-    lies_so = isinstance(module, nn.Linear) and isinstance(weight, TranslatedTensor) and on_grids(weight.decode)
-    if isinstance(module, QuantizedLinear):
-        lies_so = module.full is format.stored(is_down=False)
-    return lies_so and not others and kept == inputs and fits_rows(format, outputs, inputs)
-
-
 def fits_rows(format: Format, outputs: int, inputs: int) -> bool:
-    """Whether `format` takes over a down projection in rows: in no more bytes than neurons take, and without room for
-    more of them."""
-    return format.takes_over and inputs >= outputs and inputs % format.rests_as().neuron_multiple == 0
+    """Whether `format` takes over a down projection in rows: of as many numbers as neurons have there, filled up to
+    whole strips, in no more bytes."""
+    strip = format.rests_as().neuron_multiple
+    return format.takes_over and inputs >= outputs and inputs % strip == outputs % strip == 0
 
 
 def _replaced(

@@ -65,6 +65,8 @@ class LayerSizes:
     """Numbers of a token that go into the down projection; None: one for every neuron."""
     finer: frozenset[str] = frozenset()
     """Names of matrices in the model's format for those of more bits."""
+    whole_bytes: tuple[int | None, ...] = ()
+    """By level, of all neurons on it where the down projection then rests in rows of outputs; None: it does not."""
 
     @property
     def width(self) -> int:
@@ -79,10 +81,16 @@ class LayerSizes:
         """Of so many neurons; 1 where there are none to leave out."""
         return kept / self.neurons if self.neurons else 1.0
 
-    def resident_ff_bytes(self, counts: Counts) -> int:
+    def resident_ff_bytes(self, counts: Counts, *, streamed: bool = False) -> int:
         """Bytes of the compact FF with room for so many neurons on each level."""
-        tiers = tiers_of(counts)
-        return sum(self.levels[level].nbytes(kept) for level, kept in tiers)
+        if self.rests_in_rows(counts, streamed=streamed):
+            return self.whole_bytes[tiers_of(counts)[0][0]] or 0
+        return sum(self.levels[level].nbytes(kept) for level, kept in tiers_of(counts))
+
+    def rests_in_rows(self, counts: Counts, *, streamed: bool) -> bool:
+        """Whether the down projection rests in rows of outputs with so many neurons on each level."""
+        (level, most), *_ = tiers_of(counts)
+        return not streamed and most == self.neurons > 0 and bool(self.whole_bytes and self.whole_bytes[level])
 
 
 @dataclass(frozen=True)

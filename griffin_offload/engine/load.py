@@ -186,7 +186,12 @@ def _map_layers(model_spec: ModelSpec, plan: Plan, scratch: Scratch) -> tuple[St
             importance = importance_of(checkpoint, model, decoder, blocks, evict=evicts(model_spec))
         tiers = [[(shape.levels[level], kept) for level, kept in tiers_of(own)] for own in plan.counts]
         formats, finer = (shape.precision, checkpoint.precision), [layer.finer for layer in shape.layers]
-        swap_linears(decoder, blocks, *formats, scratch, importance, tiers, shape.finer, finer, plan.streamed)
+        in_rows = {
+            i
+            for i, (layer, own) in enumerate(zip(shape.layers, plan.counts, strict=True))
+            if layer.rests_in_rows(own, streamed=i in plan.streamed)
+        }
+        swap_linears(decoder, blocks, *formats, scratch, importance, tiers, shape.finer, finer, in_rows)
         if others:  # else they are as the copy has them
             records = checkpoint.records
             swap_experts(decoder, blocks, *formats, records, scratch, importance, shape.finer, finer)

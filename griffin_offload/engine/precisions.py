@@ -183,7 +183,7 @@ def _measured(
             own_head = head if levels[-1].bits < head.bits else checkpoint.tables
             beside = small_beside(precision, checkpoint)
             measured = partial(model_shape, meta, precision, full, checkpoint.tables, parts, levels, own_head, beside)
-            measured = partial(measured, in_rows=in_rows)
+            measured = partial(measured, in_rows=in_rows, by_layer=name == LAYERS)
             shape = measured(held)
             if len(levels) > 1 and not shape.with_neurons:
                 kind = checkpoint.config.model_type
@@ -194,7 +194,7 @@ def _measured(
                 raise
             continue
         if levels != (INT4,):
-            found.append(replace(shape, by_layer=name == LAYERS))
+            found.append(shape)
             continue
         of_file = {} if config.exact or beside is None or not stored.is_plain else held_finer(checkpoint)
         if of_file:

@@ -8,8 +8,8 @@
 
 4.5 bits a number and one scale a row.
 
-Where a file's numbers lie on such grids, their codes are taken over, as rows of outputs, those of down projections,
-too. These rest in rows where all neurons stay; neurons that are chosen are made numbers, and rounded once more.
+Down projections of what is no copy rest in rows of outputs, too, where all neurons stay. Where a file's numbers lie on
+such grids, their codes are taken over as rows; neurons that are chosen of them are made numbers, and rounded once more.
 """
 
 from collections.abc import Sequence

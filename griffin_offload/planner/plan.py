@@ -220,15 +220,18 @@ def _decode_workspace_bytes(shape: ModelSizes, request: PlanRequest, use: Worklo
 
 
 def _resident_parts(
-    shape: ModelSizes, counts: tuple[Counts, ...], embeddings: EmbeddingDevice
+    shape: ModelSizes, counts: tuple[Counts, ...], streamed: Sequence[int], embeddings: EmbeddingDevice
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Weights on the device by part, in their precision and in the stored one."""
+    passing = frozenset(streamed)
     resident = {
         "attention": sum(layer.attention_bytes for layer in shape.layers),
         "norms": sum(layer.norm_bytes for layer in shape.layers) + shape.other_bytes,
         "embeddings": shape.embedding_bytes if embeddings == "device" else 0,
         "head": shape.head_bytes,
-        "feed_forward": sum(layer.resident_ff_bytes(own) for own, layer in zip(counts, shape.layers, strict=True)),
+        "feed_forward": sum(
+            layer.resident_ff_bytes(counts[i], streamed=i in passing) for i, layer in enumerate(shape.layers)
+        ),
     }
     plain = resident | {
         "attention": sum(layer.plain_attention_bytes for layer in shape.layers),
@@ -324,7 +327,7 @@ def _priced(
     everything = request.always_stream or (request.verifies and shape.precision not in shape.levels)
     streamed = shape.with_neurons if everything else shape.choosing(counts)
     slots = min(slots, len(streamed))
-    resident, plain = _resident_parts(shape, counts, embeddings)
+    resident, plain = _resident_parts(shape, counts, streamed, embeddings)
     if request.offloaded_in_budget:
         resident["offloaded"] = sum(shape.layers[i].ff_flat_bytes for i in streamed)
     elif any(request.converted_ff):

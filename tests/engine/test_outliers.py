@@ -105,9 +105,19 @@ def test_where_tokens_are_huge_down_projections_lie_in_rows(density, outliers, d
     output = model.generate(
         PROMPT, max_new_tokens=NEW_TOKENS, do_sample=False, output_logits=True, return_dict_in_generate=True
     )
+    assert model.resident_bytes == model.plan.resident_bytes
     assert model.last_report.peak_device_bytes <= model.plan.peak_bytes
     expected = _dense_logits(dense, output.sequences, list(model.selected.values()) if density < 1 else [])
     assert _error(torch.stack(output.logits), expected) < LARGEST_ERROR["int4"]
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5])
+def test_on_the_way_all_neurons_rest_in_rows_and_chosen_ones_in_strips(density, outliers):
+    model = _load(outliers(), "int4", density)
+    model.generate(PROMPT, max_new_tokens=2, do_sample=False)
+    downs = [module for name, module in model.model.named_modules() if name.endswith("down_proj")]
+    assert {module.layout.name for module in downs} == {"int4_rows" if density == 1 else "int4_strips"}
+    assert model.resident_bytes == model.plan.resident_bytes
 
 
 def _stored(path: Path) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ def _shapes(neurons: int = 1024, layers: int = 4) -> list[ModelSizes]:
     """In all precisions that "auto" would try, then in tiers."""
     meta = build_on_meta(LlamaConfig(intermediate_size=neurons, num_hidden_layers=layers, **LLAMA), torch.bfloat16)
     plain, int8, int4 = (model_shape(meta, get(name)) for name in ("none", "int8", "int4"))
-    by_layers = dataclasses.replace(model_shape(meta, INT8, levels=(INT8, INT4), head=INT8), by_layer=True)
+    by_layers = model_shape(meta, INT8, levels=(INT8, INT4), head=INT8, by_layer=True)
     low = model_shape(meta, TIER_FORMATS[0], levels=TIER_FORMATS)
     return [plain, int8, by_layers, int4, dataclasses.replace(low, by_layer=True), low]
 

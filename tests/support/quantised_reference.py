@@ -249,15 +249,18 @@ def small_ones(model: PreTrainedModel) -> set[str]:
 
 @torch.no_grad()
 def round_layers(
-    model: PreTrainedModel, down: str, neurons: int, precision: str | Values, *, feed_forward: bool
+    model: PreTrainedModel, down: str, neurons: int, precision: str | Values, *, feed_forward: bool, whole: bool = False
 ) -> None:
-    """Replace the attention's or the FF's matrices by what they are on their grids."""
+    """Replace the attention's or the FF's matrices by what they are on their grids; with `whole`, int4's down
+    projections of linear layers as rows of outputs, as they rest where all neurons stay."""
     downs = {down.format(i=i) for i in range(model.config.num_hidden_layers)}
     small = small_ones(model) if precision in ("int4", "int3", "int2") else set()
     for name, matrix in layer_matrices(model).items():
         if in_feed_forward(matrix, neurons, is_down=name in downs) == feed_forward:
-            own = "int8" if name in small else precision
-            matrix.copy_(stored_values(matrix, own, matrix.dtype, is_down=name in downs))
+            own, is_down = "int8" if name in small else precision, name in downs
+            if whole and own == "int4" and isinstance(model.get_submodule(name), torch.nn.Linear):
+                is_down &= matrix.shape[0] > matrix.shape[1] or any(size % 64 for size in matrix.shape)
+            matrix.copy_(stored_values(matrix, own, matrix.dtype, is_down=is_down))
 
 
 def round_head(model: PreTrainedModel) -> None:
@@ -285,7 +288,7 @@ def quantised_generate(
     if head:
         round_head(model)
     if sets is None:
-        round_layers(model, down, neurons, precision, feed_forward=True)
+        round_layers(model, down, neurons, precision, feed_forward=True, whole=True)
         return dense_generate(model, *inputs, new_tokens, **options)
     with masked_after_prefill(model, down, sets), _rounded_after_prefill(model, down, neurons, precision):
         return dense_generate(model, *inputs, new_tokens, **options)
