@@ -12,6 +12,7 @@
 #define RUN 512  /* numbers that are floats at a time */
 #define PAGE 2048 /* columns that a thread sums at a time, of 16-bit numbers */
 #define TOGETHER 4 /* rows whose squares are added at once */
+#define AHEAD 4 /* groups that are asked for before they are read */
 #define LINE 256 /* outputs of neurons whose bytes fill a cache line at least, so that no two threads write to one */
 #define INT8_MAX_LEVEL 127
 #define REACH 22.0 /* steps from 0 to the farthest level that an offset brings about, a little less */
@@ -46,6 +47,12 @@ AVX2 INLINED void run_of(const Quantizing *q, int64_t row, int64_t start, int64_
         __m256 divided = _mm256_div_ps(_mm256_loadu_ps(run + k), _mm256_loadu_ps((const float *)q->divisor + start + k));
         _mm256_storeu_ps(run + k, divided);
     }
+}
+
+/* Ask for numbers of a row that are read soon: rows lie far apart, and no processor guesses the next of many. */
+INLINED void ask_for(const Quantizing *q, int64_t row, int64_t number) {
+    const int64_t size = q->type == FLOAT32 ? 4 : 2;
+    if (number < q->columns) _mm_prefetch((const char *)q->weight + (row * q->row_items + number) * size, _MM_HINT_T0);
 }
 
 /* The nearest whole numbers within `low` and `high`. */

@@ -11,6 +11,37 @@ TARGET INLINED V_F V_NAME(entry)(const float *table, V_I index) {
 #endif
 }
 
+/* As many vectors as there are lanes, turned around: neighbours change places, then pairs of them, and so on. */
+TARGET INLINED void V_NAME(turn)(V_F *v) {
+    V_F t[V_LANES];
+    for (int i = 0; i < V_LANES; i += 2) {
+        t[i] = V_OP(unpacklo_ps)(v[i], v[i + 1]);
+        t[i + 1] = V_OP(unpackhi_ps)(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < V_LANES; i += 4)
+        for (int k = 0; k < 2; k++) {
+            v[i + 2 * k] = V_OP(shuffle_ps)(t[i + k], t[i + k + 2], 0x44);
+            v[i + 2 * k + 1] = V_OP(shuffle_ps)(t[i + k], t[i + k + 2], 0xee);
+        }
+#if WIDE
+    for (int i = 0; i < 8; i++) {
+        const int from = i / 4 * 8 + i % 4;
+        t[from] = _mm512_shuffle_f32x4(v[from], v[from + 4], 0x88);
+        t[from + 4] = _mm512_shuffle_f32x4(v[from], v[from + 4], 0xdd);
+    }
+    for (int i = 0; i < 8; i++) {
+        v[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+        v[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+    }
+#else
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm256_permute2f128_ps(v[i], v[i + 4], 0x20);
+        t[i + 4] = _mm256_permute2f128_ps(v[i], v[i + 4], 0x31);
+    }
+    for (int i = 0; i < V_LANES; i++) v[i] = t[i];
+#endif
+}
+
 /* What is known of numbers before a grid is tried. */
 typedef struct {
     const V_F *v;
@@ -36,37 +67,53 @@ typedef struct {
     V_F value, inverse, middle;
 } V_NAME(Grid);
 
-/* Rounded behind the product, as torch does: 16-bit numbers often lie between two levels, where the two ways would
- * part. */
-TARGET INLINED V_F V_NAME(code)(V_F number, const V_NAME(Grid) *grid, const float first, const float last) {
-    const V_F code = v_round(V_OP(sub_ps)(V_OP(mul_ps)(number, grid->inverse), grid->middle));
-    return V_OP(min_ps)(V_OP(max_ps)(code, V_OP(set1_ps)(first)), V_OP(set1_ps)(last));
+/* Where a number lies among the codes. Rounded behind the product, as torch does: 16-bit numbers often lie between two
+ * levels, where the two ways would part. */
+TARGET INLINED V_F V_NAME(place)(V_F number, const V_NAME(Grid) *grid) {
+    return V_OP(sub_ps)(V_OP(mul_ps)(number, grid->inverse), grid->middle);
 }
 
-/* What a grid misses of the numbers; and, if they are asked for, step and the place of code `centre` that fit its
- * codes best. */
-TARGET INLINED V_F V_NAME(missed)(const V_NAME(Numbers) *n, const int count, const V_NAME(Grid) *grid, const float first,
-                                  const float last, const float centre, V_F *step, V_F *place, const int fitting) {
-    V_F error = V_OP(setzero_ps)(), sum_q = error, sum_qq = error, sum_qv = error;
-    const V_F middle = V_OP(add_ps)(grid->middle, V_OP(set1_ps)(centre));
+/* The nearest code; bounds of whole numbers take none of the few units that multiply. */
+TARGET INLINED V_I V_NAME(code)(V_F place, const int first, const int last) {
+    const V_I code = V_OP(cvtps_epi32)(place);
+    return V_OP(min_epi32)(V_OP(max_epi32)(code, V_OP(set1_epi32)(first)), V_OP(set1_epi32)(last));
+}
+
+/* A grid that is tried: what it misses of the numbers, and step and place of code `centre` that fit its codes best. */
+typedef struct {
+    V_NAME(Grid) grid;
+    V_F error, step, place;
+} V_NAME(Trial);
+
+/* Fill in what `trials` grids, side by side so that none waits for itself, miss; and what fits, if that is asked for. */
+TARGET INLINED void V_NAME(try)(const V_NAME(Numbers) *n, const int count, V_NAME(Trial) *trial, const int trials,
+                                const int first, const int last, const float centre, const int fitting) {
+    V_F error[RANGES], sum_q[RANGES], sum_qq[RANGES], sum_qv[RANGES];
+    for (int t = 0; t < trials; t++) error[t] = sum_q[t] = sum_qq[t] = sum_qv[t] = V_OP(setzero_ps)();
     for (int i = 0; i < count; i++) {
-        const V_F a = V_OP(set1_ps)(n->importance[i]);
-        const V_F q = V_OP(sub_ps)(V_NAME(code)(n->v[i], grid, first, last), V_OP(set1_ps)(centre));
-        const V_F d = V_OP(fmsub_ps)(V_OP(add_ps)(q, middle), grid->value, n->v[i]);
-        error = V_OP(fmadd_ps)(V_OP(mul_ps)(d, d), a, error);
-        if (!fitting) continue;
-        const V_F aq = V_OP(mul_ps)(a, q);
-        sum_q = V_OP(add_ps)(sum_q, aq);
-        sum_qq = V_OP(fmadd_ps)(aq, q, sum_qq);
-        sum_qv = V_OP(fmadd_ps)(aq, n->v[i], sum_qv);
+        const V_F a = V_OP(set1_ps)(n->importance[i]), v = n->v[i];
+        for (int t = 0; t < trials; t++) {
+            const V_F at = V_NAME(place)(v, &trial[t].grid);
+            const V_F code = V_OP(cvtepi32_ps)(V_NAME(code)(at, first, last)), d = V_OP(sub_ps)(code, at);
+            error[t] = V_OP(fmadd_ps)(V_OP(mul_ps)(d, d), a, error[t]);
+            if (!fitting) continue;
+            const V_F q = V_OP(sub_ps)(code, V_OP(set1_ps)(centre)), aq = V_OP(mul_ps)(a, q);
+            sum_q[t] = V_OP(add_ps)(sum_q[t], aq);
+            sum_qq[t] = V_OP(fmadd_ps)(aq, q, sum_qq[t]);
+            sum_qv[t] = V_OP(fmadd_ps)(aq, v, sum_qv[t]);
+        }
     }
-    if (!fitting) return error;
-    const V_F spread = V_OP(fmsub_ps)(n->sum_a, sum_qq, V_OP(mul_ps)(sum_q, sum_q));
-    const V_F fitted = V_OP(div_ps)(V_OP(fmsub_ps)(n->sum_a, sum_qv, V_OP(mul_ps)(sum_q, n->sum_av)), spread);
-    /* One code alone fits no step. */
-    *step = v_pick(v_less(V_OP(setzero_ps)(), fitted), fitted, grid->value);
-    *place = V_OP(div_ps)(V_OP(fnmadd_ps)(*step, sum_q, n->sum_av), n->sum_a);
-    return error;
+    for (int t = 0; t < trials; t++) {
+        const V_F value = trial[t].grid.value;
+        trial[t].error = V_OP(mul_ps)(error[t], V_OP(mul_ps)(value, value));
+        if (!fitting) continue;
+        const V_F spread = V_OP(fmsub_ps)(n->sum_a, sum_qq[t], V_OP(mul_ps)(sum_q[t], sum_q[t]));
+        const V_F more = V_OP(fmsub_ps)(n->sum_a, sum_qv[t], V_OP(mul_ps)(sum_q[t], n->sum_av));
+        const V_F fitted = V_OP(div_ps)(more, spread);
+        /* One code alone fits no step. */
+        trial[t].step = v_pick(v_less(V_OP(setzero_ps)(), fitted), fitted, value);
+        trial[t].place = V_OP(div_ps)(V_OP(fnmadd_ps)(trial[t].step, sum_q[t], n->sum_av), n->sum_a);
+    }
 }
 
 TARGET INLINED void V_NAME(take)(V_NAME(Grid) *best, const V_NAME(Grid) *grid, V_M better) {
@@ -103,30 +150,32 @@ TARGET INLINED V_NAME(Grid) V_NAME(best_int4)(const V_F *v, const float *importa
     const V_NAME(Numbers) n = V_NAME(numbers)(v, importance, GROUP);
     const V_F size = V_OP(max_ps)(n.high, V_OP(sub_ps)(V_OP(setzero_ps)(), n.low));
     const V_F far = V_OP(mul_ps)(size, V_OP(set1_ps)((float)(1 / REACH))), range = V_OP(sub_ps)(n.high, n.low);
+    V_NAME(Trial) trial[RANGES];
+    for (int i = 0; i < RANGES; i++) {
+        trial[i].step = V_OP(max_ps)(V_OP(mul_ps)(range, V_OP(set1_ps)((float)(shares[i] / 15))), far);
+        /* The middle of 16 levels lies half a step below level 8. */
+        trial[i].place = V_OP(mul_ps)(V_OP(add_ps)(V_OP(add_ps)(n.low, n.high), trial[i].step), V_OP(set1_ps)(0.5f));
+    }
     V_NAME(Grid) best;
     V_F least_missed = V_OP(set1_ps)(INFINITY);
-    for (int i = 0; i < RANGES; i++) {
-        V_F step = V_OP(max_ps)(V_OP(mul_ps)(range, V_OP(set1_ps)((float)(shares[i] / 15))), far);
-        /* The middle of 16 levels lies half a step below level 8. */
-        V_F offset = V_OP(mul_ps)(V_OP(add_ps)(V_OP(add_ps)(n.low, n.high), step), V_OP(set1_ps)(0.5f));
-        for (int fit = 0; fit < FITS; fit++) {
-            const V_NAME(Grid) grid = V_NAME(int4_grid)(step, offset);
-            const V_F error =
-                V_NAME(missed)(&n, GROUP, &grid, -CENTRE, CENTRE - 1, 0, &step, &offset, fit + 1 < FITS);
-            const V_M better = v_less(error, least_missed);
-            if (i + fit == 0) best = grid;
-            else V_NAME(take)(&best, &grid, better);
-            least_missed = v_pick(better, error, least_missed);
+    for (int fit = 0; fit < FITS; fit++) {
+        for (int i = 0; i < RANGES; i++) trial[i].grid = V_NAME(int4_grid)(trial[i].step, trial[i].place);
+        V_NAME(try)(&n, GROUP, trial, RANGES, -CENTRE, CENTRE - 1, 0, fit + 1 < FITS);
+        for (int i = 0; i < RANGES; i++) {
+            const V_M better = v_less(trial[i].error, least_missed);
+            if (i + fit == 0) best = trial[i].grid;
+            else V_NAME(take)(&best, &trial[i].grid, better);
+            least_missed = v_pick(better, trial[i].error, least_missed);
         }
     }
     return best;
 }
 
 /* What codes of a grid miss of the numbers, in place of these. */
-TARGET INLINED void V_NAME(leave_missed)(V_F *v, const int count, const V_NAME(Grid) *grid, const float first,
-                                         const float last) {
+TARGET INLINED void V_NAME(leave_missed)(V_F *v, const int count, const V_NAME(Grid) *grid, const int first,
+                                         const int last) {
     for (int i = 0; i < count; i++) {
-        const V_F code = V_NAME(code)(v[i], grid, first, last);
+        const V_F code = V_OP(cvtepi32_ps)(V_NAME(code)(V_NAME(place)(v[i], grid), first, last));
         v[i] = V_OP(fnmadd_ps)(V_OP(add_ps)(code, grid->middle), grid->value, v[i]);
     }
 }
@@ -141,8 +190,8 @@ TARGET INLINED void V_NAME(int4_groups)(V_F *v, const float *importance, int64_t
         V_I bytes = V_OP(set1_epi32)(0);
         for (int i = 3; i >= 0; i--) {
             const V_F *own = v + 4 * four + i;
-            const V_I low = V_OP(cvtps_epi32)(V_NAME(code)(own[0], &grid, -CENTRE, CENTRE - 1));
-            const V_I high = V_OP(cvtps_epi32)(V_NAME(code)(own[INT4_BYTES], &grid, -CENTRE, CENTRE - 1));
+            const V_I low = V_NAME(code)(V_NAME(place)(own[0], &grid), -CENTRE, CENTRE - 1);
+            const V_I high = V_NAME(code)(V_NAME(place)(own[INT4_BYTES], &grid), -CENTRE, CENTRE - 1);
             const V_I centre = V_OP(set1_epi32)(CENTRE + 16 * CENTRE);
             const V_I byte = V_OP(add_epi32)(V_OP(add_epi32)(low, V_OP(slli_epi32)(high, 4)), centre);
             bytes = v_or(V_OP(slli_epi32)(bytes, 8), byte);
@@ -189,13 +238,13 @@ TARGET INLINED V_NAME(Grid) V_NAME(few_grid)(V_F step, V_F middle, const int bit
 /* Be what a start leads to where that misses less. */
 TARGET INLINED void V_NAME(try_few)(const V_NAME(Numbers) *n, V_F step, V_F middle, V_NAME(Grid) *best,
                                     V_F *least_missed, const int bits) {
+    V_NAME(Trial) trial = {.step = step, .place = middle};
     for (int fit = 0; fit < FEW_FITS; fit++) {
-        const V_NAME(Grid) grid = V_NAME(few_grid)(step, middle, bits);
-        const V_F error = V_NAME(missed)(n, HALF, &grid, 0, HIGHEST(bits), HIGHEST(bits) / 2.0f, &step, &middle,
-                                         fit + 1 < FEW_FITS);
-        const V_M better = v_less(error, *least_missed);
-        *least_missed = v_pick(better, error, *least_missed);
-        V_NAME(take)(best, &grid, better);
+        trial.grid = V_NAME(few_grid)(trial.step, trial.place, bits);
+        V_NAME(try)(n, HALF, &trial, 1, 0, HIGHEST(bits), HIGHEST(bits) / 2.0f, fit + 1 < FEW_FITS);
+        const V_M better = v_less(trial.error, *least_missed);
+        *least_missed = v_pick(better, trial.error, *least_missed);
+        V_NAME(take)(best, &trial.grid, better);
     }
 }
 
@@ -234,7 +283,7 @@ TARGET INLINED void V_NAME(few_halves)(V_F *v, const float *importance, int64_t 
     const V_NAME(Grid) grid = V_NAME(best_few)(v, importance, bits);
     V_I low = V_OP(set1_epi32)(0), high = low;
     for (int i = 0; i < HALF; i++) {
-        const V_I code = V_OP(cvtps_epi32)(V_NAME(code)(v[i], &grid, 0, HIGHEST(bits)));
+        const V_I code = V_NAME(code)(V_NAME(place)(v[i], &grid), 0, HIGHEST(bits));
         const V_I lower = v_and(code, V_OP(set1_epi32)(3));
         low = v_or(low, V_OP(slli_epi32)(lower, i % 4 * 8 + i / 4 * 2));
         high = v_or(high, V_OP(slli_epi32)(V_OP(srli_epi32)(code, 2), i % 4 * 4 + i / 4));
@@ -263,16 +312,12 @@ TARGET INLINED void V_NAME(groups)(V_F *v, const float *importance, int64_t coun
                                pairs_apart, bits, leaving);
 }
 
-/* Numbers [lanes, 32] turned around. */
+/* Numbers [lanes, 32] turned around, by squares of as many columns as there are lanes. */
 TARGET INLINED void V_NAME(turned)(float numbers[V_LANES][GROUP], V_F v[GROUP]) {
-    const V_I rows = V_OP(mullo_epi32)(V_OP(set1_epi32)(GROUP),
-#if WIDE
-                                       _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-    for (int k = 0; k < GROUP; k++) v[k] = _mm512_i32gather_ps(rows, numbers[0] + k, 4);
-#else
-                                       _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-    for (int k = 0; k < GROUP; k++) v[k] = _mm256_i32gather_ps(numbers[0] + k, rows, 4);
-#endif
+    for (int k = 0; k < GROUP; k += V_LANES) {
+        for (int i = 0; i < V_LANES; i++) v[k + i] = V_OP(loadu_ps)(numbers[i] + k);
+        V_NAME(turn)(v + k);
+    }
 }
 
 /* Rows `first` to `end`, a lane each: groups run along them. */
@@ -293,6 +338,7 @@ TARGET INLINED void V_NAME(rows_of)(const void *quantizing, int64_t first, int64
                     continue;
                 }
                 const __m256 inverse = _mm256_set1_ps(1 / q->scale[row + i]);
+                ask_for(q, row + i, (group + AHEAD) * GROUP);
                 run_of(q, row + i, group * GROUP, GROUP, numbers[i]);
                 for (int k = 0; k < GROUP; k += LANES)
                     _mm256_storeu_ps(numbers[i] + k, _mm256_mul_ps(_mm256_loadu_ps(numbers[i] + k), inverse));
@@ -328,7 +374,11 @@ TARGET INLINED void V_NAME(neurons_of)(const void *quantizing, int64_t first, in
         }
         for (int64_t output = first; output < end; output += GROUP) {
             float numbers[GROUP][GROUP], *own = carried + (output - first);
-            for (int64_t i = 0; i < GROUP; i++) run_of(q, output + i, start, neurons, numbers[i]);
+            for (int64_t i = 0; i < GROUP; i++) {
+                if (output + GROUP < end) ask_for(q, output + GROUP + i, start);
+                else ask_for(q, first + i, start + GROUP);
+                run_of(q, output + i, start, neurons, numbers[i]);
+            }
             for (int64_t k = 0; k < neurons; k += V_LANES) {
                 V_F v[GROUP];
                 for (int i = 0; i < GROUP; i++)
