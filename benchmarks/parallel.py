@@ -13,7 +13,7 @@ sequences: that of a memory-bound device, whose weights are read once for all. `
 
     --threads 2 --beside "ENV/bin/python -m peers.worker_llama together FILE.gguf --slots 4"
 
-FILE.gguf is MODEL by peers/gguf_file.py.
+FILE.gguf is MODEL by peers/gguf_file.py. Or it is that of peers/worker_build.py: another build of ours.
 """
 
 import argparse
@@ -121,7 +121,9 @@ def rounds(model: GriffinModel, options: argparse.Namespace) -> dict[str, Callab
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     settings: dict[str, Any] = {"device": "cpu", "density": options.density, "quantize": options.quantize}
-    settings |= {"ctx_size": options.prompt_tokens + options.tokens, "threads": options.threads, "dtype": options.dtype}
+    # Prompts that wait together pass together, where layers stream as far as one prompt may be long.
+    together = options.prompt_tokens * max(map(int, options.together.split(",")))
+    settings |= {"ctx_size": together + options.tokens, "threads": options.threads, "dtype": options.dtype}
     loading = GriffinModel.from_pretrained(options.dir, max_gpu_mem=options.max_mem, **settings)
     with loading as model, peer(options) as theirs:
         kinds = rounds(model, options) | theirs
