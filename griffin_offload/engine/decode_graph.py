@@ -10,7 +10,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -345,7 +345,7 @@ def settings_of(model: StockModel) -> list[object]:
     return found
 
 
-def _lies(tensor: Tensor | None) -> bool:
+def _lies(tensor: Tensor | None) -> TypeGuard[Tensor]:
     return type(tensor) in (Tensor, nn.Parameter)
 
 
