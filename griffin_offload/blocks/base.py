@@ -293,6 +293,11 @@ class PassForward:
     def __init__(self, forward: Callable[..., Any]) -> None:
         self._forward = forward
 
+    @property
+    def around(self) -> Callable[..., Any]:
+        """That of before."""
+        return self._forward
+
 
 def hooks_on(module: nn.Module) -> list[Any]:
     """All forward hooks of `module`, whoever put them there, those before it last."""
@@ -304,8 +309,11 @@ def unhook(module: nn.Module) -> None:
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         for key in [key for key, hook in hooks.items() if isinstance(hook, PassHook)]:
             del hooks[key]
-    if isinstance(module.__dict__.get("forward"), PassForward):
+    given = module.__dict__.get("forward")
+    if isinstance(given, PassForward):
         del module.forward
+        if getattr(given.around, "__self__", None) is not module:  # somebody's, who had put it there before
+            module.__dict__["forward"] = given.around
 
 
 class ChunkedForward(PassForward):

@@ -9,11 +9,12 @@ prompt nor a short answer pays for it. What cannot be captured runs kernel by ke
 import time
 import warnings
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module as _of_modules
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -190,6 +191,7 @@ class DecodeGraphs:
         self._captured: weakref.WeakKeyDictionary[KVCache, dict[Any, _Captured]] = weakref.WeakKeyDictionary()
         self._clock = 0
         self._run_reason: str | None = None
+        self._settings = list[object]()
         self.reason = _unsuited(model)
 
     @property
@@ -212,6 +214,9 @@ class DecodeGraphs:
             self._run_reason = self._run_reason or "hidden states or attentions by config"
         if hooked(self._model, self._model.get_input_embeddings() if self._embeds_on_host else None):
             self._run_reason = self._run_reason or "hooks on the model's modules"
+        before, self._settings = self._settings, settings_of(self._model)
+        if before != self._settings:
+            self._captured.clear()
 
     @property
     def caches(self) -> list[KVCache]:
@@ -307,15 +312,52 @@ def _unsuited(model: StockModel) -> str | None:
 
 
 def hooked(model: StockModel, but: object) -> bool:
-    """Whether a forward would call hooks, which a replay cannot; `but` is a module that it does not run."""
-    modules = (module for module in model.modules() if module is not but and module is not model)  # its own run around
-    return any(
+    """Whether a forward would call hooks, which a replay cannot, or a function in the place of a module's forward, as
+    good as one; `but` is a module that it does not run."""
+    modules = [module for module in model.modules() if module is not but and module is not model]  # its own run around
+    of_all = (_of_modules._global_forward_hooks, _of_modules._global_forward_pre_hooks)
+    return any(of_all) or any(
         # transformers leaves some behind, which do nothing unless a forward asks for more than logits. A guard lets
         # pass what is inside a forward.
-        getattr(hook, "__module__", "") != _OUTPUT_HOOKS and not isinstance(hook, Guard)
-        for module in modules
-        for hook in hooks_on(module)
+        any(getattr(hook, "__module__", "") != _OUTPUT_HOOKS and not isinstance(hook, Guard) for hook in hooks_on(own))
+        or _of_others(own.__dict__.get("forward"))
+        for own in modules
     )
+
+
+def _of_others(forward: object) -> bool:
+    """Whether somebody has put it in the place of a module's own; ours are faster ways to the same."""
+    return forward is not None and type(forward).__module__.partition(".")[0] != __name__.partition(".")[0]
+
+
+_SETTINGS = (int, float, bool, str, complex, torch.dtype)
+
+
+def settings_of(model: StockModel) -> list[object]:
+    """What a forward reads and a replay does not: which modules there are, their numbers and functions, and how their
+    tensors lie. Equal to that of another time if all is as it was; nothing of the model is kept alive."""
+    found: list[object] = [*_settings(vars(model.config.get_text_config()))]
+    for module in model.modules():
+        kind = type(module)
+        found += (weakref.ref(module), kind, kind.forward, *_settings(module.__dict__))
+        for tensors in (module._parameters, module._buffers):
+            found += ((own.data_ptr(), own.shape, own.stride(), own.dtype) for own in tensors.values() if _lies(own))
+    return found
+
+
+def _lies(tensor: Tensor | None) -> TypeGuard[Tensor]:
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
+def _settings(attributes: dict[str, Any]) -> Iterator[object]:
+    for name, value in attributes.items():
+        if isinstance(value, _SETTINGS):
+            yield name, value
+        elif callable(value):
+            try:
+                yield name, weakref.ref(value)  # another one may come to lie where it was
+            except TypeError:
+                yield name, id(value)
 
 
 def why_not_static(arguments: Arguments) -> str | None:

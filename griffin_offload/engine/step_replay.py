@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from griffin_offload.engine.decode_graph import hooked
+from griffin_offload.engine.decode_graph import hooked, settings_of
 from griffin_offload.engine.generation import tokens_of
 from griffin_offload.engine.model_interface import one_token_each
 from griffin_offload.engine.report import GraphReport
@@ -117,9 +117,9 @@ class NotRecorded(RuntimeError):
 
 
 def _forget_behind(cache: KVCache, tokens: int) -> None:
-    """Forget what a forward that failed wrote, of some layers, behind so many tokens."""
+    """Forget what a forward wrote behind so many tokens: in layers that it came to."""
     for layer in cache.kept:
-        layer.crop(tokens - layer.get_seq_length())
+        layer.crop(min(tokens - layer.get_seq_length(), 0))
 
 
 class StepReplays:
@@ -133,6 +133,7 @@ class StepReplays:
         """Those that were computed before any of so many sequences was recorded."""
         self._reason: str | None = None
         self._prompt_reason: str | None = "no prompt has passed"
+        self._settings = list[object]()
         self._weights: list[dict[str, Any]] = []
         self._scores = _Scores()
 
@@ -161,6 +162,10 @@ class StepReplays:
         self._prompt_reason = reason
         if reason is None and hooked(model, without):
             self._prompt_reason = "hooks on the model's modules"
+        before, self._settings = self._settings, settings_of(model)
+        if before != self._settings:  # by whoever has the model between two answers
+            self._recorded.clear()
+            self._reason = None
         self._weights = [own for module in model.modules() for own in (module._parameters, module._buffers) if own]
 
     def close(self) -> None:
@@ -231,7 +236,7 @@ class StepReplays:
         self, found: _RecordedStep, step: Step, inputs: dict[str, Any], caches: Sequence[KVCache], logits: Tensor
     ) -> Tensor:
         for cache in caches:
-            cache.crop(-1)
+            _forget_behind(cache, cache.get_seq_length() - 1)
         expected = step(inputs, caches, [])
         found.tried = torch.equal(expected, logits)
         if not found.tried:

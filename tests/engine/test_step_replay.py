@@ -9,6 +9,7 @@ from loaded_model import load
 from marks import mostly_slow
 from tiny_models import ARCHITECTURES, FURTHER, MIXTURES, VOCAB
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.module import register_module_forward_hook
 
 from griffin_offload import GriffinModel
 from griffin_offload.engine.step_replay import StepReplays
@@ -59,6 +60,7 @@ def test_tokens_are_those_of_steps_with_python(checkpoints, monkeypatch, name: s
             assert alone(model, ids) == without(monkeypatch, lambda ids=ids: alone(model, ids))
         alone(model, ids)
         report = model.last_report.replays
+        assert report.captured == 0
         if not name.startswith(NOT_REPLAYED):
             assert report.replayed > 0, report.eager
 
@@ -194,6 +196,52 @@ def test_hooks_are_called(checkpoints):
         assert model.last_report.replays.eager == {"hooks on the model's modules": GREEDY["max_new_tokens"] - 1}
 
 
+def test_forwards_in_the_place_of_a_modules_are_called(checkpoints):
+    seen = []
+    with load(checkpoints("llama3"), density=1.0) as model:
+        expected = alone(model, prompt(9))
+        own = model.model.model.layers[1].mlp
+        stock = own.forward
+        own.forward = lambda x: (seen.append(1), stock(x))[1]
+        assert alone(model, prompt(9)) == expected
+        del own.forward
+        assert len(seen) == GREEDY["max_new_tokens"]
+        with register_module_forward_hook(lambda *_: seen.append(1)):
+            assert alone(model, prompt(9)) == expected
+        assert replayed(model) == 0
+        assert alone(model, prompt(9)) == expected
+        assert replayed(model) > 0
+
+
+def _scale(model: Any) -> None:
+    model.model.layers[0].self_attn.scaling = 10.0
+
+
+def _turn(model: Any) -> None:
+    model.model.rotary_emb.attention_scaling = 4.0
+
+
+def _activate(model: Any) -> None:
+    model.model.layers[0].mlp.act_fn = torch.nn.Tanh()
+
+
+def _drop_layer(model: Any) -> None:
+    model.model.layers = model.model.layers[:1]
+
+
+@pytest.mark.parametrize("change", [_scale, _turn, _activate, _drop_layer])
+def test_what_has_changed_between_answers_is_recorded_anew(checkpoints, monkeypatch, change: Any):
+    """Numbers and functions of modules, of which replays see nothing; and a layer less."""
+    with load(checkpoints("llama3", torch.bfloat16), density=1.0) as model:
+        before = alone(model, prompt(9), max_new_tokens=24)
+        assert replayed(model) > 0
+        change(model.model)
+        expected = without(monkeypatch, lambda: alone(model, prompt(9)))
+        assert expected != before[: len(expected)]
+        assert alone(model, prompt(9)) == expected == alone(model, prompt(9))
+        assert replayed(model) > 0
+
+
 def test_rows_that_hooks_bring_are_recorded_apart(checkpoints):
     """An embedding's hooks are called by every step, whatever was recorded before."""
     seen = []
@@ -210,8 +258,8 @@ def test_a_replay_that_differs_is_given_up(checkpoints, monkeypatch):
     """Here attention adds something that is another every time, where nobody knows of it."""
     with load(checkpoints("llama3"), density=1.0) as model:
         norm, added = model.model.model.norm, iter(range(10**6))
-        stock = norm.forward
-        monkeypatch.setattr(norm, "forward", lambda x: stock(x) + 1e-3 * next(added))
+        stock = type(norm).forward
+        monkeypatch.setattr(type(norm), "forward", lambda self, x: stock(self, x) + 1e-3 * next(added))
         alone(model, prompt(9))
         assert "a replay gave other numbers" in model.last_report.replays.eager
 
