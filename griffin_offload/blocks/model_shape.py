@@ -53,9 +53,7 @@ def model_shape(
     levels = tuple(levels) or (precision,)
     config = model.config.get_text_config()
     parts = parts or parts_of(model)
-    layers = _layer_shapes(
-        _Formats(precision, levels, stored, finer, held, in_rows, len(levels) == 1 or by_layer), parts
-    )
+    layers = _layer_shapes(_Formats(precision, levels, stored, finer, held, in_rows, by_layer), parts)
     embedding = model.get_input_embeddings().weight
     linear = model.get_output_embeddings()
     tied = linear is None or linear.weight is embedding
@@ -160,8 +158,12 @@ class _Formats:
     finer: Format | None
     held: Mapping[int, Collection[str]]
     in_rows: Mapping[int, Collection[str]]
-    whole: bool
-    """Whether all neurons of a layer are on one level."""
+    by_layer: bool
+
+    @property
+    def whole(self) -> bool:
+        """Whether all neurons of a layer are on one level."""
+        return len(self.levels) == 1 or self.by_layer
 
 
 def _layer_shapes(formats: _Formats, parts: ModelParts) -> tuple[LayerSizes, ...]:
