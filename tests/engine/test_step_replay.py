@@ -1,12 +1,13 @@
 """Decode by recorded steps on the CPU: the very tokens of steps with all of Python, and within what was planned."""
 
 import gc
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 from loaded_model import load
-from marks import mostly_slow
+from marks import by_turns, mostly_slow
 from tiny_models import ARCHITECTURES, FURTHER, MIXTURES, VOCAB
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook
@@ -32,6 +33,15 @@ def prompt(tokens: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, VOCAB, (1, tokens), generator=torch.Generator().manual_seed(seed))
 
 
+def types_of(names: Iterable[str]) -> list[Any]:
+    """(name, dtype): both, and one by turns where all steps are Python's; quick are the first names'."""
+    both, found = (torch.float32, torch.bfloat16), list[Any]()
+    for at, name in enumerate(names):
+        chosen = both[at % 2 :][:1] if name.startswith(NOT_REPLAYED) else both
+        found += [pytest.param(name, dtype, marks=() if at < 8 else pytest.mark.slow) for dtype in chosen]
+    return found
+
+
 def without(monkeypatch: pytest.MonkeyPatch, compute: Any) -> Any:
     """What `compute` gives where no step is replayed."""
     with monkeypatch.context() as context:
@@ -51,34 +61,40 @@ def replayed(model: GriffinModel) -> int:
     return report.replays.replayed
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", mostly_slow(NAMES, 8))
+@pytest.mark.parametrize(("name", "dtype"), types_of(NAMES))
 def test_tokens_are_those_of_steps_with_python(checkpoints, monkeypatch, name: str, dtype: torch.dtype):
     with load(checkpoints(name, dtype), density=1.0, quantize="none" if dtype == torch.float32 else "int8") as model:
         for tokens in (9, 30):
             ids = prompt(tokens, tokens)
-            assert alone(model, ids) == without(monkeypatch, lambda ids=ids: alone(model, ids))
-        alone(model, ids)
+            expected = without(monkeypatch, lambda ids=ids: alone(model, ids))
+            assert alone(model, ids) == expected
+        assert alone(model, ids) == expected
         report = model.last_report.replays
         assert report.captured == 0
         if not name.startswith(NOT_REPLAYED):
             assert report.replayed > 0, report.eager
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("name", ["llama3", "mistral", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    by_turns(("llama3", "gemma2", "mistral", "gpt_oss"), (16, 8, 4), whole=("llama3", "gemma2")),
+)
 def test_sequences_join_and_leave(checkpoints, monkeypatch, name: str, bits: int):
     """Each with a KV cache of another size, in which windows move, and in fewer bits."""
     with load(checkpoints(name), density=1.0, kv_bits=bits, ctx_size=160) as model:
         asked = [(prompt(7 + 9 * seed, seed), GREEDY | {"max_new_tokens": 9 + 13 * seed}) for seed in range(4)]
 
+        steps = list[int]()
+
         def answers() -> dict[int, list[int]]:
-            return {answer.index: answer.tokens.tolist() for answer in model.generate_many(asked, most=3)}
+            found = list(model.generate_many(asked, most=3))
+            steps[:] = [answer.report.replays.replayed for answer in found]
+            return {answer.index: answer.tokens.tolist() for answer in found}
 
         expected = without(monkeypatch, answers)
         assert answers() == expected == answers()
+        assert max(steps) > 0
         assert [expected[index] for index in range(4)] == [alone(model, ids, **how) for ids, how in asked]
-        assert max(answer.report.replays.replayed for answer in model.generate_many(asked, most=3)) > 0
 
 
 @pytest.mark.parametrize("name", mostly_slow(("gemma2", "mistral", "gpt_oss"), 1))
