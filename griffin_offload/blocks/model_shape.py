@@ -49,7 +49,7 @@ def model_shape(
     callers who ask more than once; `levels` are formats of FF neurons, if not `precision` alone, of a layer's each if
     `by_layer`; `head` is the format that the head rests in on the device, if not that of `tables`, and `finer` the one
     that small matrices of a layer rest in, if not `precision`, and those of `held`, names by layer; `in_rows` are those
-    of matrices that are stored in rows of outputs, down projections, too. Raises UnsupportedModel."""
+    of matrices whose codes are stored in rows of outputs, down projections, too. Raises UnsupportedModel."""
     levels = tuple(levels) or (precision,)
     config = model.config.get_text_config()
     parts = parts or parts_of(model)
@@ -239,12 +239,16 @@ class _DownInRows:
     neurons: int
     copied: Format | None
     """The format that a copy has it in, in rows; None: it is made of floats."""
+    has_codes: bool
+    """Whether it lies in rows already."""
     dtype: torch.dtype
 
     def whole_bytes(self, format: Format, size: NeuronSizes) -> int | None:
         """Of all neurons of a layer that is not streamed; None where neurons are of this `size` there, too."""
         if self.copied not in (None, format) or not fits_rows(format, self.outputs, self.neurons):
             return None
+        if not self.has_codes and self.outputs % format.neuron_multiple:
+            return None  # neurons are filled up there, so that a copy would take more
         rows, columns = (
             format.resident(is_down=is_down).nbytes(self.outputs, self.neurons, self.dtype, is_down=is_down)
             for is_down in (False, True)
@@ -259,9 +263,10 @@ def _in_rows(
         return None
     for name in linear_names(layer):
         module = layer.get_submodule(name)
-        lies_so = isinstance(module, nn.Linear) if stored.is_plain else name in in_rows
+        lies_so = isinstance(module, nn.Linear) and (stored.is_plain or name in in_rows)
         if block.is_down(module) and lies_so:
-            return _DownInRows(name, *features(module), None if stored.is_plain else stored.rests_as(), dtype)
+            copied = None if stored.is_plain else stored.rests_as()
+            return _DownInRows(name, *features(module), copied, name in in_rows, dtype)
     return None
 
 

@@ -147,10 +147,9 @@ def turn_experts(blocks: Sequence[Block]) -> None:
 
 
 def fits_rows(format: Format, outputs: int, inputs: int) -> bool:
-    """Whether `format` takes over a down projection in rows: of as many numbers as neurons have there, filled up to
-    whole strips, in no more bytes."""
-    strip = format.rests_as().neuron_multiple
-    return format.takes_over and inputs >= outputs and inputs % strip == outputs % strip == 0
+    """Whether `format` takes over a down projection in rows: in no more bytes than neurons take, and without room for
+    more of them."""
+    return format.takes_over and inputs >= outputs and inputs % format.rests_as().neuron_multiple == 0
 
 
 def _replaced(

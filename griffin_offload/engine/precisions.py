@@ -111,13 +111,19 @@ def held_finer(checkpoint: Checkpoint) -> dict[int, set[str]]:
 
 
 def lying_in_rows(checkpoint: Checkpoint) -> dict[int, set[str]]:
-    """By layer the names of matrices whose rows a copy in int4 holds, down projections among them where it has the
-    codes of its file; of others none."""
+    """By layer the names of matrices whose codes are there in rows: of a copy in int4, down projections among them
+    where it has the codes of its file; of a file those on grids."""
     found: dict[int, set[str]] = {}
-    if checkpoint.precision is INT4:
-        scales = {name for name in checkpoint.tensors() if name.endswith(".scale")}
+    scales = {name for name in checkpoint.tensors() if name.endswith(".scale")}
+
+    def lies_so(match: re.Match[str], tensor: StoredTensor) -> bool:
+        if checkpoint.precision.is_plain:
+            return _lies_on_grids(tensor)
+        return tensor.format is INT4 and f"{match.string.removesuffix('.weight')}.scale" in scales
+
+    if checkpoint.precision is INT4 or checkpoint.precision.is_plain:
         for match, tensor in _layer_matrices(checkpoint):
-            if tensor.format is INT4 and f"{match.string.removesuffix('.weight')}.scale" in scales:
+            if lies_so(match, tensor):
                 found.setdefault(int(match["layer"]), set()).add(match["matrix"])
     return found
 
