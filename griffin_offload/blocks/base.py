@@ -294,8 +294,8 @@ class PassForward:
         self._forward = forward
 
     @property
-    def around(self) -> Callable[..., Any]:
-        """That of before."""
+    def wrapped(self) -> Callable[..., Any]:
+        """The forward that was in this one's place."""
         return self._forward
 
 
@@ -312,8 +312,8 @@ def unhook(module: nn.Module) -> None:
     given = module.__dict__.get("forward")
     if isinstance(given, PassForward):
         del module.forward
-        if getattr(given.around, "__self__", None) is not module:  # somebody's, who had put it there before
-            module.__dict__["forward"] = given.around
+        if getattr(given.wrapped, "__self__", None) is not module:  # somebody's, who had put it there before
+            module.__dict__["forward"] = given.wrapped
 
 
 class ChunkedForward(PassForward):

@@ -83,14 +83,13 @@ class LayerSizes:
 
     def resident_ff_bytes(self, counts: Counts, *, streamed: bool = False) -> int:
         """Bytes of the compact FF with room for so many neurons on each level."""
-        if self.rests_in_rows(counts, streamed=streamed):
-            return self.whole_bytes[tiers_of(counts)[0][0]] or 0
-        return sum(self.levels[level].nbytes(kept) for level, kept in tiers_of(counts))
+        in_rows = self.bytes_in_rows(counts, streamed=streamed)
+        return sum(self.levels[level].nbytes(kept) for level, kept in tiers_of(counts)) if in_rows is None else in_rows
 
-    def rests_in_rows(self, counts: Counts, *, streamed: bool) -> bool:
-        """Whether the down projection rests in rows of outputs with so many neurons on each level."""
+    def bytes_in_rows(self, counts: Counts, *, streamed: bool) -> int | None:
+        """The same where the down projection rests in rows of outputs; None where it does not."""
         (level, most), *_ = tiers_of(counts)
-        return not streamed and most == self.neurons > 0 and bool(self.whole_bytes and self.whole_bytes[level])
+        return self.whole_bytes[level] if self.whole_bytes and 0 < most == self.neurons and not streamed else None
 
 
 @dataclass(frozen=True)

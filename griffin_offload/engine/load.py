@@ -189,7 +189,7 @@ def _map_layers(model_spec: ModelSpec, plan: Plan, scratch: Scratch) -> tuple[St
         in_rows = {
             i
             for i, (layer, own) in enumerate(zip(shape.layers, plan.counts, strict=True))
-            if layer.rests_in_rows(own, streamed=i in plan.streamed)
+            if layer.bytes_in_rows(own, streamed=i in plan.streamed) is not None
         }
         swap_linears(decoder, blocks, *formats, scratch, importance, tiers, shape.finer, finer, in_rows)
         if others:  # else they are as the copy has them

@@ -11,7 +11,6 @@
 #undef v_pick_i
 #undef v_less
 #undef v_at_least
-#undef v_round
 #undef v_and
 #undef v_or
 #undef v_bits
@@ -31,7 +30,6 @@
 #define v_pick_i(mask, yes, no) _mm512_mask_blend_epi32(mask, no, yes)
 #define v_less(a, b) _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ)
 #define v_at_least(a, b) _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ)
-#define v_round(a) _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
 #define v_and(a, b) _mm512_and_si512(a, b)
 #define v_or(a, b) _mm512_or_si512(a, b)
 #define v_bits(a) _mm512_castps_si512(a)
@@ -50,7 +48,6 @@
 #define v_pick_i(mask, yes, no) _mm256_blendv_epi8(no, yes, _mm256_castps_si256(mask))
 #define v_less(a, b) _mm256_cmp_ps(a, b, _CMP_LT_OQ)
 #define v_at_least(a, b) _mm256_cmp_ps(a, b, _CMP_GE_OQ)
-#define v_round(a) _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
 #define v_and(a, b) _mm256_and_si256(a, b)
 #define v_or(a, b) _mm256_or_si256(a, b)
 #define v_bits(a) _mm256_castps_si256(a)

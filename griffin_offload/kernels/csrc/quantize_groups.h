@@ -73,7 +73,7 @@ TARGET INLINED V_F V_NAME(place)(V_F number, const V_NAME(Grid) *grid) {
     return V_OP(sub_ps)(V_OP(mul_ps)(number, grid->inverse), grid->middle);
 }
 
-/* The nearest code; bounds of whole numbers take none of the few units that multiply. */
+/* The nearest code, ties to even, as torch rounds. */
 TARGET INLINED V_I V_NAME(code)(V_F place, const int first, const int last) {
     const V_I code = V_OP(cvtps_epi32)(place);
     return V_OP(min_epi32)(V_OP(max_epi32)(code, V_OP(set1_epi32)(first)), V_OP(set1_epi32)(last));
