@@ -9,7 +9,6 @@ copied to be put side by side, and no mask is needed. It works where a model loo
 import contextlib
 import functools
 import inspect
-import itertools
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
@@ -37,7 +36,7 @@ from griffin_offload.engine.model_interface import StockForward, one_token_each
 from griffin_offload.engine.report import GraphReport
 from griffin_offload.engine.step_replay import NOT_YET, NotRecorded, ReplayedLayer, StepReplays
 from griffin_offload.errors import one_line
-from griffin_offload.kernels.attention_and_norm import TokenJob, each_token, elementwise_knows
+from griffin_offload.kernels.attention_and_norm import EachTokenJob, SeenTokens, each_token, elementwise_knows
 from griffin_offload.kernels.recording import MovingCopy, called_again, is_recording, unrecorded
 from griffin_offload.kv_cache.kv_cache import KVCache, can_cache
 from griffin_offload.kv_cache.kv_layer import KVLayer
@@ -77,7 +76,7 @@ class _JointLayer(CacheLayerMixin):  # type: ignore[misc]
         self.hold(caches)
         self.is_sliding, self.is_initialized = self.layers[0].is_sliding, True
         self._copies: list[tuple[MovingCopy, MovingCopy]] | None = None
-        self.jobs = list[TokenJob]()
+        self.jobs = list[EachTokenJob]()
         """Of attention that a recording knows."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -93,10 +92,12 @@ class _JointLayer(CacheLayerMixin):  # type: ignore[misc]
             moves = all(own is not None and elementwise_knows(key_states, value_states, *own) for own in stored)
             if moves:
                 self._advance()
-            newest = [(own[0, :, -1], other[0, :, -1]) for own, other in zip(self.keys, self.values, strict=True)]
         if moves:
-            rows = zip(key_states[:, :, 0], value_states[:, :, 0], newest, strict=True)
-            self._copies = [(MovingCopy(key, to[0]), MovingCopy(value, to[1])) for key, value, to in rows]
+            rows = zip(key_states[:, :, 0], value_states[:, :, 0], self._seen, strict=True)
+            self._copies = [
+                (MovingCopy(key, seen.key, seen.end - 1), MovingCopy(value, seen.value, seen.end - 1))
+                for key, value, seen in rows
+            ]
         else:
             called_again(self._append, key_states, value_states)
         return _JointStates(self, None), _JointStates(self, None)
@@ -108,34 +109,38 @@ class _JointLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _advance(self) -> None:
         """Count one token more of every sequence, and see it among the others; it is written later."""
-        self.keys, self.values = [], []
+        self._seen = []
         for layer in self.layers:
             place, first = layer.advance()
             stored = layer.plain_states
             assert stored is not None, "`update` has asked"
-            self.keys.append(stored[0][:, :, first : place + 1])
-            self.values.append(stored[1][:, :, first : place + 1])
+            self._seen.append(SeenTokens(*stored, first, place + 1))
 
     def advance(self) -> int:
         """Before a replay: have copies go behind what the caches hold now. Scores that attention will need room for."""
         if self._copies is None:
             return 0
         self._advance()
-        for copies, states in zip(self._copies, zip(self.keys, self.values, strict=True), strict=True):
-            for copy, own in zip(copies, states, strict=True):
-                last = (own.shape[2] - 1) * own.stride(2) * own.itemsize
-                copy.go_to(own.data_ptr() + last, own.stride(1))
-        rows = itertools.cycle(self.keys)  # again for every other layer that reads this one's
-        return max((job.heads * key.shape[2] for job, key in zip(self.jobs, rows, strict=False)), default=0)
+        for (key, value), seen in zip(self._copies, self._seen, strict=True):
+            key.go_to(seen.key, seen.end - 1)
+            value.go_to(seen.value, seen.end - 1)
+        heads = max((job.heads for job in self.jobs), default=0)
+        return heads * sum(seen.end - seen.first for seen in self._seen)
 
     def attend_with(self, scores: Tensor) -> None:
-        """Have attention read what copies will write."""
-        rows = itertools.cycle(zip(self.keys, self.values, strict=True))
-        for job, (key, value) in zip(self.jobs, rows, strict=False):
-            job.attend_to(key, value, scores)
+        """Have attention read what copies will write; that of other layers, too, which read this one's."""
+        for job in self.jobs:
+            job.attend_to(self._seen, scores)
+
+    def seen(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What the newest token of every sequence attends to, keys and values apart, [1, heads, T, D] each."""
+        with unrecorded():  # a recording keeps what it sees views of
+            keys = [own.key[:, :, own.first : own.end] for own in self._seen]
+            return keys, [own.value[:, :, own.first : own.end] for own in self._seen]
 
     def _append(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys, self.values = self._appended(key_states, value_states)
+        pairs = zip(*self._appended(key_states, value_states), strict=True)
+        self._seen = [SeenTokens(key, value, 0, key.shape[2]) for key, value in pairs]
 
     def _appended(self, key_states: Tensor, value_states: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         own = zip(self.layers, *(_apart(states, self.lengths) for states in (key_states, value_states)), strict=True)
@@ -145,9 +150,7 @@ class _JointLayer(CacheLayerMixin):  # type: ignore[misc]
     def hold(self, caches: Sequence[KVCache]) -> None:
         """Be a layer of these KV caches, or of none, from now on."""
         self.layers: list[KVLayer] = [cache.layers[self.number] for cache in caches]
-        self.keys = list[Tensor]()
-        """Those of every sequence apart, [1, heads, T, D] each; values likewise."""
-        self.values = list[Tensor]()
+        self._seen = list[SeenTokens]()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return max(layer.get_mask_sizes(query_length) for layer in self.layers)
@@ -167,8 +170,10 @@ def _attend(
     layer = key.layer
     if key.parts is not None and value.parts is not None:
         return _attend_apart(module, layer, (key.parts, value.parts), mask, options, query), None
-    if layer.moves and own_attention_takes(module, query, layer.keys, layer.values, **options):
-        return each_token(module, query, layer.keys, layer.values, jobs=layer.jobs, **options)
+    if layer.moves:
+        keys, values = layer.seen()
+        if own_attention_takes(module, query, keys, values, **options):
+            return each_token(module, query, keys, values, jobs=layer.jobs, **options)
     return called_again(functools.partial(_attend_apart, module, layer, None, mask, options), query), None
 
 
@@ -180,7 +185,7 @@ def _attend_apart(
     options: dict[str, Any],
     query: Tensor,
 ) -> Tensor:
-    keys, values = states or (layer.keys, layer.values)
+    keys, values = states or layer.seen()
     lengths = layer.lengths
     if lengths is None and layer.implementation in OWN_ATTENTION:
         return attend_to_each(module, query, keys, values, **options)[0]

@@ -84,6 +84,11 @@ class _RecordedStep:
         return self._recording.nbytes
 
     @property
+    def tables(self) -> list[Tensor]:
+        """That it reads, with others."""
+        return list(self._recording.tables.values())
+
+    @property
     def logits(self) -> Tensor:
         """Of the last time [N, V]: a copy, those of the next one are written over them."""
         return self._logits.clone()
@@ -145,7 +150,9 @@ class StepReplays:
     @property
     def nbytes(self) -> int:
         """Of all that is kept for replays."""
-        return self._scores.buffer.nbytes + sum(step.nbytes for step in self._recorded.values())
+        steps = self._recorded.values()
+        tables = {table.data_ptr(): table.nbytes for step in steps for table in step.tables}
+        return self._scores.buffer.nbytes + sum(step.nbytes for step in steps) + sum(tables.values())
 
     def waits(self, rows: int) -> bool:
         """Whether a step of so many sequences is not to be recorded yet, of which this is one."""

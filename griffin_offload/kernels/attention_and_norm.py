@@ -8,7 +8,7 @@ and emulates every product where the processor has no instructions for 16 bits (
 import struct
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from griffin_offload.kernels.library import HALVES, NUMBER_TYPES, check, library, needs_gradient
 
 _FLOAT_BYTES = 4
-_ATTENTION = struct.Struct("@7P17qf")
+_ATTENTION = struct.Struct("@7P17qf0q")
 """The struct Attention of attention.c."""
+_COUNT = struct.Struct("@q")
+"""Of the struct Rows, before as many of them."""
 
 
 def takes_token(
@@ -146,66 +148,85 @@ def takes_each(module: Any, query: Tensor, keys: Sequence[Tensor], values: Seque
     return alike and takes_token(module, query, keys[0], values[0], None, **options)
 
 
+class SeenTokens(NamedTuple):
+    """What one token attends to: of keys [1, kv heads, S, D] and values [1, kv heads, S, D'], numbers of a token side
+    by side, those of the tokens from `first` to `end`."""
+
+    key: Tensor
+    value: Tensor
+    first: int
+    end: int
+
+
 def each_token(
     module: Any,
     query: Tensor,
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
     *,
-    jobs: list["TokenJob"] | None = None,
+    jobs: list["EachTokenJob"] | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """`one_token` of every row of query [N, heads, 1, D], over keys and values of its own, [1, kv heads, S, D]. The
-    jobs of its calls are added to `jobs`, for who wants them to attend to others when they are replayed."""
+    """`one_token` of every row of query [N, heads, 1, D], over keys and values of its own, [1, kv heads, S, D], by one
+    call. Its job is added to `jobs`, for who wants it to attend to others when it is replayed."""
     found = library()
     assert found is not None, "the table was not asked"
     scaling = options.get("scaling")
     (count, heads, _, size), kv_heads, width = query.shape, keys[0].shape[1], values[0].shape[3]
     scaling = size**-0.5 if scaling is None else scaling
-    floats, longest = query.float().contiguous(), max(key.shape[2] for key in keys)
-    sinks = _float_sinks(options.get("s_aux"), heads)
-    output, scores = floats.new_empty(count, 1, heads, width), floats.new_empty(heads * longest)
-    sizes = kv_heads, heads // kv_heads, size, width
+    floats, sinks = query.float().contiguous(), _float_sinks(options.get("s_aux"), heads)
+    rows = [SeenTokens(key, value, 0, key.shape[2]) for key, value in zip(keys, values, strict=True)]
+    output, scores = floats.new_empty(count, 1, heads, width), floats.new_empty(heads * sum(row.end for row in rows))
     beside = 0 if sinks is None else sinks.data_ptr()
-    for row, (key, value) in enumerate(zip(keys, values, strict=True)):
-        places = tuple(own.data_ptr() + row * own.stride(0) * _FLOAT_BYTES for own in (floats, output))
-        job = TokenJob(places, beside, sizes, scaling, torch.get_num_threads())
-        job.attend_to(key, value, scores)
-        found.call("attend_to", job.packed)
-        if jobs is not None:
-            jobs.append(job)
+    sizes = count, kv_heads, heads // kv_heads, size, width
+    job = EachTokenJob((floats.data_ptr(), output.data_ptr()), beside, sizes, scaling, torch.get_num_threads())
+    job.attend_to(rows, scores)
+    found.call("attend_to_each", job.packed)
+    if jobs is not None:
+        jobs.append(job)
     return output.to(query.dtype), None
 
 
-class TokenJob:
-    """The call that attends for one row of queries: it stays, while keys and values are others."""
+class EachTokenJob:
+    """The call that attends for rows of queries: it stays, while keys and values are others."""
 
     def __init__(
-        self, places: tuple[int, ...], sinks: int, sizes: tuple[int, int, int, int], scaling: float, threads: int
+        self, places: tuple[int, int], sinks: int, sizes: tuple[int, int, int, int, int], scaling: float, threads: int
     ) -> None:
-        """`places` are the addresses of the queries and of the result, `sizes` kv heads, heads that share one, and
-        numbers of a key and of a value."""
+        """`places` are the addresses of the queries and of the results, `sizes` rows, kv heads, heads that share one,
+        and numbers of a key and of a value."""
         self._places, self._sinks, self._sizes = places, sinks, sizes
         self._scaling, self._threads = scaling, threads
-        self.heads = sizes[0] * sizes[1]
-        self.packed = bytearray(_ATTENTION.size)
+        self.heads = sizes[1] * sizes[2]
+        self.packed = bytearray(_COUNT.pack(sizes[0]) + bytes(sizes[0] * _ATTENTION.size))
 
-    def attend_to(self, key: Tensor, value: Tensor, scores: Tensor) -> None:
-        """The next call is over these, [1, kv heads, S, D], and writes to `scores`, of which there is one for each head
-        and token."""
-        kv_heads, shared, size, width = self._sizes
-        tokens = key.shape[2]
-        if key.shape != (1, kv_heads, tokens, size) or value.shape != (1, kv_heads, tokens, width):
-            raise ValueError(f"key {tuple(key.shape)} and value {tuple(value.shape)} of a row")
-        if key.stride(3) != 1 or value.stride(3) != 1 or scores.numel() < self.heads * tokens:
-            raise ValueError(f"the numbers of a key and a value must lie side by side, {key.stride()}, and have scores")
-        queries, result = self._places
-        _ATTENTION.pack_into(
-            *(self.packed, 0, queries, key.data_ptr(), value.data_ptr(), 0, self._sinks, scores.data_ptr(), result),
-            *(1, kv_heads, shared, tokens, size, width, NUMBER_TYPES[key.dtype], self._threads),
-            *(*key.stride()[:3], *value.stride()[:3], 0, 0, 0),
-            self._scaling,
-        )
+    def attend_to(self, rows: Sequence[SeenTokens], scores: Tensor) -> None:
+        """The next call is over these, and writes to `scores`, of which there is one for each head and token seen."""
+        count, kv_heads, shared, size, width = self._sizes
+        queries, results = self._places
+        score, tokens = scores.data_ptr(), sum(row.end - row.first for row in rows)
+        if len(rows) != count or scores.numel() < self.heads * tokens:
+            raise ValueError(f"{scores.numel()} scores of {len(rows)} rows for {count} of {self.heads} heads, {tokens}")
+        for row, (key, value, first, end) in enumerate(rows):
+            by_key, by_value = key.stride(), value.stride()
+            _check_seen(key, by_key, kv_heads, size)
+            _check_seen(value, by_value, kv_heads, width)
+            item = key.itemsize
+            _ATTENTION.pack_into(
+                *(self.packed, _COUNT.size + row * _ATTENTION.size, queries + row * self.heads * size * _FLOAT_BYTES),
+                *(key.data_ptr() + first * by_key[2] * item, value.data_ptr() + first * by_value[2] * item),
+                *(0, self._sinks, score, results + row * self.heads * width * _FLOAT_BYTES),
+                *(1, kv_heads, shared, end - first, size, width, NUMBER_TYPES[key.dtype], self._threads),
+                *(*by_key[:3], *by_value[:3], 0, 0, 0),
+                self._scaling,
+            )
+            score += self.heads * (end - first) * _FLOAT_BYTES
+
+
+def _check_seen(states: Tensor, strides: tuple[int, ...], kv_heads: int, size: int) -> None:
+    one, heads, _, own = states.shape
+    if one != 1 or heads != kv_heads or own != size or strides[3] != 1:
+        raise ValueError(f"keys or values {tuple(states.shape)} in steps of {strides}: {kv_heads} heads of {size}")
 
 
 def _float_sinks(sinks: Tensor | None, heads: int) -> Tensor | None:

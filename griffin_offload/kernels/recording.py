@@ -16,7 +16,7 @@ import gc
 import itertools
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,12 +25,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from griffin_offload.kernels.attention_and_norm import COPY, ELEMENTWISE, OPERATIONS, elementwise_job, elementwise_knows
-from griffin_offload.kernels.library import Job, Kernel, Library, library, note_calls
+from griffin_offload.kernels.library import HALVES, Job, Kernel, Library, library, note_calls
 
 _ALIGNED, _BLOCKS = 64, 256
 _aten = torch.ops.aten
 _EMPTY = (_aten.empty, _aten.empty_like, _aten.new_empty, _aten.empty_strided, _aten.new_empty_strided)
 _COPIES = (_aten.clone, _aten._to_copy)
+_OF_ONE_NUMBER = (_aten.silu, _aten.gelu, _aten.sigmoid, _aten.tanh, _aten.relu)
 # Operators whose shapes or answers depend on numbers, or that draw some.
 _UNSURE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
 
@@ -38,6 +39,13 @@ _MASKS, _PLAIN = (torch.bool, torch.uint8), (Tensor, nn.Parameter)
 
 Step = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 _CALL, _CALLS = struct.Struct("@2P"), struct.Struct("@Pq")
+_LOOKUP = struct.Struct("@3P2q")
+"""The struct Lookup of replay.c."""
+LOOKED_UP_FROM = 1024
+"""Of so many numbers of 16 bits a function is looked up, which torch would compute in as long as its call takes."""
+_MOST_TABLES = 2
+TABLES_BYTES = _MOST_TABLES * 2**16 * 2
+"""Of the functions that are looked up."""
 
 
 class _Memory:
@@ -110,6 +118,8 @@ class Recording(TorchDispatchMode):
         self._memory, self._steps = _Memory(), list[Step | KernelCall]()
         self._ready = list[Step]()
         self._kept = list[Tensor]()
+        self.tables: dict[Hashable, Tensor] = {}
+        """Of functions that are looked up."""
         self._library = library()
         self._apart = False
         self.why_not: str | None = None
@@ -215,12 +225,29 @@ class Recording(TorchDispatchMode):
             parts, axis = args[0], args[1] if len(args) > 1 else 0
             places = out.split([part.shape[axis] for part in parts], axis)
             return elementwise_knows(*places, *parts) and all(map(self._copied, places, parts))
+        if getattr(function, "overloadpacket", None) in _OF_ONE_NUMBER:
+            return self._looked_up(function, args, kwargs, out)
         operation = OPERATIONS.get(function)
         if operation is None or kwargs.get("alpha", 1) != 1 or not elementwise_knows(out, *args):
             return False
         if {own.dtype for own in args} != {out.dtype}:
             return False
         self._call_elementwise(operation, out, *args)
+        return True
+
+    def _looked_up(self, function: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
+        """Whether what torch's `function` gives is looked up, in a table that it has made itself."""
+        given, key = args[0], (function, out.dtype, args[1:], tuple(kwargs.items()))
+        alike = given.dtype == out.dtype and given.is_contiguous() and out.is_contiguous()
+        if not (alike and elementwise_knows(out, given) and out.dtype in HALVES and out.numel() >= LOOKED_UP_FROM):
+            return False
+        if key not in self.tables and len(self.tables) == _MOST_TABLES:
+            return False
+        table = self.tables.setdefault(key, _table_of(*key))
+        addresses = table.data_ptr(), given.data_ptr(), out.data_ptr()
+        job = bytearray(_LOOKUP.pack(*addresses, out.numel(), torch.get_num_threads()))
+        assert self._library is not None, "its numbers are known"
+        self._steps.append(KernelCall(self._library.functions.look_up, job))
         return True
 
     def _copied(self, out: Tensor, source: Tensor) -> bool:
@@ -301,6 +328,14 @@ def _kind_of(operator: Any) -> str:
     return "in place" if operator._schema.is_mutable else "plain"
 
 
+@functools.lru_cache(2 * _MOST_TABLES)
+def _table_of(function: Any, dtype: torch.dtype, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> Tensor:
+    """What it gives for each number of 16 bits."""
+    every = torch.arange(2**16, dtype=torch.int32, device="cpu").to(torch.uint16).view(dtype)
+    table: Tensor = function(every, *args, **dict(kwargs))
+    return table
+
+
 @functools.cache
 def _writing(function: Any) -> Any:
     """Of an operator of torch's the one that takes the same and writes what it gives; None where there is none."""
@@ -328,19 +363,19 @@ def recorded_bytes(result_bytes: int) -> int:
 
 
 class MovingCopy:
-    """A copy of `source` that a recording knows, and whose target [heads, D], of numbers side by side, is another one
-    every time."""
+    """A copy of `source` [heads, D] that a recording knows, to a token of keys or values, another one every time."""
 
-    def __init__(self, source: Tensor, target: Tensor) -> None:
+    def __init__(self, source: Tensor, states: Tensor, token: int) -> None:
         own = library()
         assert own is not None, "`elementwise_knows` was asked"
         with unrecorded():  # a recording keeps what it sees views of
-            self._job = elementwise_job(COPY, target, source)
+            self._job = elementwise_job(COPY, states[0, :, token], source)
         own.call("elementwise", self._job)
 
-    def go_to(self, address: int, head_step: int) -> None:
-        """The next copy goes there, in so many numbers from head to head."""
-        _TARGET.pack_into(self._job, _TARGET_AT, address)
+    def go_to(self, states: Tensor, token: int) -> None:
+        """The next copy goes to a token of `states` [1, heads, T, D], whose numbers lie side by side."""
+        _, head_step, token_step, _ = states.stride()
+        _TARGET.pack_into(self._job, _TARGET_AT, states.data_ptr() + token * token_step * states.itemsize)
         _STEP.pack_into(self._job, _HEADS_AT, head_step)
 
 

@@ -386,7 +386,7 @@ def _others_of_ours() -> list[Kernel]:
             takes=attention_and_norm.takes_few,
         ),
         Kernel(
-            *("attention", "each_token", "attend_to", attention_and_norm.each_token),
+            *("attention", "each_token", "attend_to_each", attention_and_norm.each_token),
             **halves,
             takes=attention_and_norm.takes_each,
         ),

@@ -95,8 +95,8 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
         `advance` says; None where they are codes, or nothing is there yet."""
         if self.bits != 16 or not self._stores:
             return None
-        keys, values = (store.parts(self.room)[0] for store in self._stores)
-        return keys, values
+        keys, values = self._stores
+        return keys.numbers, values.numbers
 
     def advance(self) -> tuple[int, int]:
         """Count one token more, which `put` will write: its place in the store, and that of the first one it sees."""
@@ -142,8 +142,9 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
             if self.bits == 4:  # groups are moved whole where there is room
                 whole = self._held - (self._held - kept) // KV_GROUP * KV_GROUP
                 kept = whole if whole <= most else kept
-        for store in self._stores:
-            store.move_to_start(self._held - kept, kept)
+        if kept != self._held:
+            for store in self._stores:
+                store.move_to_start(self._held - kept, kept)
         self._seen += new
         self._held = min(kept + new, self.room)
         return kept

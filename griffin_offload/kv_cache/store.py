@@ -44,6 +44,11 @@ class Store:
         return sum(part.nbytes for part in self._parts)
 
     @property
+    def numbers(self) -> Tensor:
+        """All that there is room for, [B, heads, tokens, D]: of a store that keeps them as they come."""
+        return self._parts[0]
+
+    @property
     def addresses(self) -> tuple[int, ...]:
         """Where the parts lie: a captured graph reads and writes there."""
         return tuple(part.data_ptr() for part in self._parts)

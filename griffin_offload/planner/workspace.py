@@ -10,7 +10,7 @@ from griffin_offload.blocks.base import whole_chunk
 from griffin_offload.blocks.sizes import ModelSizes
 from griffin_offload.kernels.attention_and_norm import attending_bytes
 from griffin_offload.kernels.by_blocks import product_bytes
-from griffin_offload.kernels.recording import recorded_bytes
+from griffin_offload.kernels.recording import LOOKED_UP_FROM, TABLES_BYTES, recorded_bytes
 from griffin_offload.kv_cache.sequence import snapshot_bytes, statistic_bytes
 from griffin_offload.kv_cache.workload import Workload
 from griffin_offload.method.allocation import Counts
@@ -58,7 +58,7 @@ def workspace_bytes(
     selection = sum(map(sum, counts)) * _INDEX_BYTES
     masks = _score_bytes(shape, use, new_tokens, seen_tokens)
     if new_tokens == 1:
-        masks += attending_bytes(use.batch, shape.heads, shape.attention_width, seen_tokens)
+        masks += attending_bytes(use.batch * together, shape.heads, shape.attention_width, seen_tokens)
     streamed = request.always_stream or shape.choosing(counts)
     gathering = _gather_bytes(shape) if streamed and new_tokens > 1 else 0
     return hidden + max(projections + masks, mixing, activations + statistic, gathering) + selection + translation
@@ -139,7 +139,8 @@ def _replays_bytes(shape: ModelSizes, request: PlanRequest, use: Workload, count
     for rows in range(max(request.sequences - request.replays, 0) + 1, request.sequences + 1):
         step = workspace_bytes(shape, request, replace(use, batch=rows), 1, use.ctx_tokens, counts)
         found += recorded_bytes(step - shape.scratch_bytes + rows * shape.vocab_size * shape.item_bytes)
-    return found
+    looked_up = found and request.sequences * max(shape.width, shape.attention_width) >= LOOKED_UP_FROM
+    return found + (TABLES_BYTES if looked_up else 0)
 
 
 def statistics_bytes(

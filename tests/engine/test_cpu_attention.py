@@ -12,7 +12,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, eager_
 from griffin_offload import GriffinModel
 from griffin_offload.engine import build, spec
 from griffin_offload.kernels import table
-from griffin_offload.kernels.attention_and_norm import attend
+from griffin_offload.kernels.attention_and_norm import EachTokenJob, SeenTokens, attend
 from griffin_offload.kernels.library import library
 
 needs_kernel = pytest.mark.skipif(library() is None, reason="another processor, or no compiler")
@@ -34,7 +34,7 @@ def exact(query, key, value, mask, scaling):
 @given(
     batch=st.integers(1, 3),
     kv_heads=st.integers(1, 5),
-    shared=st.integers(1, 3),
+    shared=st.integers(1, 7),
     new=st.sampled_from([1, 1, 1, 6]),
     past=st.integers(0, 40),
     width=st.sampled_from([1, 4, 8, 17, 40, 64]),
@@ -130,7 +130,7 @@ class _WithSinks(GptOssAttention):
 @given(
     batch=st.integers(1, 2),
     kv_heads=st.integers(1, 3),
-    shared=st.integers(1, 3),
+    shared=st.integers(1, 7),
     new=st.sampled_from([1, 1, 1, 3]),
     past=st.integers(0, 80),
     masked=st.sampled_from(["none", "bool", "float"]),
@@ -183,6 +183,27 @@ def test_rows_of_several_lengths_have_their_sinks():
 
 
 @needs_kernel
+def test_a_call_that_stays_attends_to_what_it_is_told():
+    """To tokens from the middle of a window's store, of others than before, and to nothing that does not fit."""
+    generator = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(1, 2, 40, 16, generator=generator).bfloat16() for _ in range(2))
+    query, output = torch.randn(2, 6, 1, 16, generator=generator).bfloat16(), torch.empty(2, 6, 16)
+    floats, scores, kernels = query.float(), torch.empty(6 * 60), library()
+    job = EachTokenJob((floats.data_ptr(), output.data_ptr()), 0, (2, 2, 3, 16, 16), 0.25, 2)
+    for ranges in ([(3, 33), (0, 1)], [(39, 40), (5, 40)]):
+        rows = [SeenTokens(key, value, *own) for own in ranges]
+        job.attend_to(rows, scores)
+        kernels.call("attend_to_each", job.packed)
+        for i, (first, end) in enumerate(ranges):
+            alone = attend(query[i : i + 1], key[:, :, first:end], value[:, :, first:end], None, 0.25)
+            assert torch.equal(output[i].bfloat16(), alone[0, 0])
+    with pytest.raises(ValueError, match="359 scores"):
+        job.attend_to([SeenTokens(key, value, 0, 40), SeenTokens(key, value, 0, 20)], scores[1:])
+    with pytest.raises(ValueError, match=": 2 heads of 16"):
+        job.attend_to([SeenTokens(key[..., :8], value, 0, 1)] * 2, scores)
+
+
+@needs_kernel
 def test_what_is_no_number_stays_none():
     """In the head that has it and in no other."""
     query, key, value = torch.ones(1, 2, 1, 16), torch.ones(1, 2, 5, 16), torch.ones(1, 2, 5, 16)
@@ -230,7 +251,7 @@ def test_a_loaded_model_with_sinks_answers_as_the_stock_one(checkpoints, monkeyp
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5),
     kv_heads=st.integers(1, 4),
-    shared=st.integers(1, 3),
+    shared=st.integers(1, 9),
     width=st.sampled_from([1, 8, 17, 64]),
     scaling=st.sampled_from([None, 0.3]),
     dtype=st.sampled_from([torch.bfloat16, torch.float16]),

@@ -21,7 +21,7 @@ from griffin_offload.kernels.recording import Recording
 from griffin_offload.kv_cache.store import Store
 
 NAMES = (*ARCHITECTURES, *FURTHER, *MIXTURES)
-GREEDY = {"do_sample": False, "max_new_tokens": 12}
+GREEDY = {"do_sample": False, "max_new_tokens": 12, "lookup": False}
 # Attention of their own, states, or something that is counted on the host.
 NOT_REPLAYED = (
     *("falcon", "stablelm", "gptj", "bloom", "deepseek", "lfm2", "qwen3_next", "nemotron", "llama4"),

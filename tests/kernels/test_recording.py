@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from griffin_offload.kernels.library import library
-from griffin_offload.kernels.recording import Recording, called_again, recorded
+from griffin_offload.kernels.recording import TABLES_BYTES, Recording, called_again, recorded
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 needs_library = pytest.mark.skipif(library() is None, reason="the kernels are not compiled")
@@ -184,6 +184,35 @@ def test_elementwise_kernels_are_torchs_operators(sizes: list[int], seed: int, d
             return torch.cat([part.expand(x.shape) for part in parts], dim=-1)
 
         check(compute, [x, -x])
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "function",
+    [nn.SiLU(), nn.GELU(), nn.GELU(approximate="tanh"), nn.Sigmoid(), nn.Tanh(), nn.ReLU()],
+    ids=lambda own: repr(own),
+)
+def test_functions_of_one_number_are_looked_up(function: nn.Module, dtype: torch.dtype):
+    """Every number of 16 bits, on one thread and on two; what is no number, too."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(dtype).view(256, 256)
+    recording = check(function, [every, every.flip(1)])
+    assert recording.calls == 1
+    assert [table.numel() for table in recording.tables.values()] == [2**16]
+    small = check(function, [every[:4, :255], every[4:8, :255]])
+    assert not small.tables, "torch is as fast"
+
+
+@needs_library
+def test_few_functions_are_looked_up():
+    """Tables have their place in the plan."""
+
+    def three(x: Tensor) -> Tensor:
+        return x.sigmoid() + x.tanh() + nn.functional.silu(x.t()) + nn.functional.silu(x)
+
+    recording = check(three, [torch.randn(40, 40).bfloat16(), torch.randn(40, 40).bfloat16()])
+    assert len(recording.tables) == 2
+    assert sum(table.nbytes for table in recording.tables.values()) == TABLES_BYTES
 
 
 @needs_library

@@ -187,24 +187,31 @@ def replays(r: random.Random, library: compiled.Library) -> None:
         calls.append(recording.KernelCall(library.functions.elementwise, job))
         kept += [out, *given]
     with compiled.note_calls(lambda kernel, job: calls.append(recording.KernelCall(kernel, job))):
-        kept += _attend_to_one(r)
+        kept += _attend_to_each(r)
     function, args, _ = recording.in_turn(library, calls)
     function(*args)
 
 
-def _attend_to_one(r: random.Random) -> list[Tensor]:
-    """A token's attention as steps are recorded; what it reads and writes."""
-    kv_heads, shared, tokens, dtype = r.randint(1, 3), r.randint(1, 4), r.randint(1, 90), r.choice(HALVES)
+def _attend_to_each(r: random.Random) -> list[Tensor]:
+    """Attention of a token of some sequences, as steps are recorded; what it reads and writes."""
+    count, kv_heads, shared, dtype = r.randint(1, 4), r.randint(1, 3), r.randint(1, 7), r.choice(HALVES)
     size, width, heads = r.randint(1, 70), r.randint(1, 70), kv_heads * shared
-    query, output, scores = torch.randn(heads, size), torch.empty(heads, width), torch.empty(heads * tokens)
-    key, value = (torch.randn(1, kv_heads, tokens + 3, own).to(dtype)[:, :, 3:] for own in (size, width))
-    places, sizes = (query.data_ptr(), output.data_ptr()), (kv_heads, shared, size, width)
-    job = attention_and_norm.TokenJob(places, 0, sizes, 0.3, torch.get_num_threads())
-    job.attend_to(key, value, scores)
+    rows = [_seen(r, kv_heads, size, width, dtype) for _ in range(count)]
+    scores = torch.empty(heads * sum(row.end - row.first for row in rows))
+    query, output = torch.randn(count, heads, size), torch.empty(count, heads, width)
+    places, sizes = (query.data_ptr(), output.data_ptr()), (count, kv_heads, shared, size, width)
+    job = attention_and_norm.EachTokenJob(places, 0, sizes, 0.3, torch.get_num_threads())
+    job.attend_to(rows, scores)
     found = attention_and_norm.library()
     assert found is not None
-    found.call("attend_to", job.packed)
-    return [query, output, scores, key, value]
+    found.call("attend_to_each", job.packed)
+    return [query, output, scores, *(own for row in rows for own in (row.key, row.value))]
+
+
+def _seen(r: random.Random, kv_heads: int, size: int, width: int, dtype: torch.dtype) -> attention_and_norm.SeenTokens:
+    first, tokens = r.randint(0, 5), r.randint(1, 90)
+    key, value = (torch.randn(1, kv_heads, first + tokens, own).to(dtype) for own in (size, width))
+    return attention_and_norm.SeenTokens(key, value, first, first + tokens)
 
 
 CALLS: tuple[Call, ...] = (few, many, attend, norms, quantise, blocks, gather, in_groups, replays)

@@ -12,7 +12,8 @@
 #include "threads.h"
 
 #define BLOCK 64 /* tokens whose keys, or values, stay in the first cache while several heads read them */
-#define WIDTH 4  /* vectors of a head that are summed at once */
+#define WIDTH 2  /* vectors of a head that are summed at once */
+#define TOGETHER 4 /* heads that read a key, or a value, at once */
 
 /* attention_and_norm.py packs these fields, in this order. */
 typedef struct {
@@ -27,17 +28,37 @@ typedef struct {
     float scaling;
 } Attention;
 
-AVX2 INLINED float dot(const float *query, const uint16_t *key, int64_t size, const int type) {
-    __m256 sum[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+/* What four vectors' numbers are together, each as by `sum_of`. */
+AVX2 INLINED __m128 sums_of(const __m256 *v) {
+    __m128 half[4];
+    for (int i = 0; i < 4; i++) half[i] = _mm_add_ps(_mm256_castps256_ps128(v[i]), _mm256_extractf128_ps(v[i], 1));
+    _MM_TRANSPOSE4_PS(half[0], half[1], half[2], half[3]);
+    return _mm_add_ps(_mm_add_ps(half[0], half[2]), _mm_add_ps(half[1], half[3]));
+}
+
+/* One key times the queries of `heads`, up to TOGETHER, which lie behind each other. */
+AVX2 INLINED void dots(const float *query, const uint16_t *key, int64_t size, float *found, const int heads,
+                       const int type) {
+    __m256 sum[TOGETHER][2];
+    for (int h = 0; h < heads; h++) sum[h][0] = sum[h][1] = _mm256_setzero_ps();
     int64_t k = 0;
     for (; k + 2 * LANES <= size; k += 2 * LANES)
         for (int i = 0; i < 2; i++) {
-            __m256 numbers = halves_at(key + k + i * LANES, type);
-            sum[i] = _mm256_fmadd_ps(numbers, _mm256_loadu_ps(query + k + i * LANES), sum[i]);
+            const __m256 numbers = halves_at(key + k + i * LANES, type);
+            for (int h = 0; h < heads; h++)
+                sum[h][i] = _mm256_fmadd_ps(numbers, _mm256_loadu_ps(query + h * size + k + i * LANES), sum[h][i]);
         }
-    float rest = 0;
-    for (; k < size; k++) rest += half_at(key + k, type) * query[k];
-    return sum_of(_mm256_add_ps(sum[0], sum[1])) + rest;
+    for (int h = 0; h < heads; h++) sum[h][0] = _mm256_add_ps(sum[h][0], sum[h][1]);
+    if (heads == TOGETHER) {
+        const __m256 all[] = {sum[0][0], sum[1][0], sum[2][0], sum[3][0]};
+        _mm_storeu_ps(found, sums_of(all));
+    } else
+        for (int h = 0; h < heads; h++) found[h] = sum_of(sum[h][0]);
+    for (int h = 0; h < heads; h++) {
+        float rest = 0;
+        for (int64_t i = k; i < size; i++) rest += half_at(key + i, type) * query[h * size + i];
+        found[h] += rest;
+    }
 }
 
 /* e^x of 8 numbers that are at most 0, within 2 units of the last place; 0 where it is smaller than float32's. */
@@ -59,81 +80,153 @@ AVX2 INLINED __m256 exponential(__m256 x) {
 /* e^x of one number. */
 AVX2 INLINED float exponential_of(float x) { return _mm256_cvtss_f32(exponential(_mm256_set1_ps(x))); }
 
-/* Scores become weights, but for the sum of all, that of a sink among them, which is returned: 0 where nothing is seen. */
-AVX2 INLINED float weigh(float *score, int64_t tokens, const float *sink) {
-    float most = sink ? *sink : -FLT_MAX, total = 0;
-    for (int64_t t = 0; t < tokens; t++) most = score[t] > most ? score[t] : most;
-    if (sink) total = exponential_of(*sink - most);
-    for (int64_t t = 0; t < tokens; t += LANES) {
-        float eight[LANES];
-        int64_t count = tokens - t < LANES ? tokens - t : LANES;
-        for (int64_t i = 0; i < LANES; i++) eight[i] = i < count ? score[t + i] - most : -FLT_MAX;
-        __m256 weight = exponential(_mm256_loadu_ps(eight));
-        total += sum_of(weight);
-        _mm256_storeu_ps(eight, weight);
-        memcpy(score + t, eight, (size_t)count * sizeof *eight);
-    }
-    return total;
+/* The largest of scores, and of `most`; what is no number is left out. */
+AVX2 INLINED float largest_score(const float *score, int64_t tokens, float most) {
+    __m256 eight = _mm256_set1_ps(most);
+    int64_t t = 0;
+    for (; t + LANES <= tokens; t += LANES) eight = _mm256_max_ps(_mm256_loadu_ps(score + t), eight);
+    float each[LANES];
+    _mm256_storeu_ps(each, eight);
+    for (int i = 0; i < LANES; i++) most = each[i] > most ? each[i] : most;
+    for (; t < tokens; t++) most = score[t] > most ? score[t] : most;
+    return most;
 }
 
-/* Add the values of `count` tokens to `output` [size], each with its weight. */
-AVX2 INLINED void add_values(const Attention *a, const uint16_t *value, const float *weight, int64_t count,
-                             float *output, const int type) {
-    int64_t k = 0;
-    for (; k + WIDTH * LANES <= a->value_size; k += WIDTH * LANES) {
-        __m256 sum[WIDTH];
-        for (int i = 0; i < WIDTH; i++) sum[i] = _mm256_loadu_ps(output + k + i * LANES);
-        for (int64_t t = 0; t < count; t++)
-            for (int i = 0; i < WIDTH; i++) {
-                __m256 numbers = halves_at(value + t * a->value_strides[2] + k + i * LANES, type);
-                sum[i] = _mm256_fmadd_ps(_mm256_set1_ps(weight[t]), numbers, sum[i]);
-            }
-        for (int i = 0; i < WIDTH; i++) _mm256_storeu_ps(output + k + i * LANES, sum[i]);
+/* Of up to eight scores e to what they are above `most`, in their place: their sum. */
+AVX2 INLINED float weigh_eight(float *score, int64_t count, float most) {
+    float eight[LANES];
+    __m256 weight;
+    if (count >= LANES) weight = _mm256_loadu_ps(score);
+    else {
+        for (int i = 0; i < LANES; i++) eight[i] = i < count ? score[i] : -FLT_MAX;
+        weight = _mm256_loadu_ps(eight);
     }
-    for (; k < a->value_size; k++)
-        for (int64_t t = 0; t < count; t++) output[k] += half_at(value + t * a->value_strides[2] + k, type) * weight[t];
+    weight = exponential(_mm256_sub_ps(weight, _mm256_set1_ps(most)));
+    if (count >= LANES) _mm256_storeu_ps(score, weight);
+    else {
+        _mm256_storeu_ps(eight, weight);
+        for (int i = 0; i < count; i++) score[i] = eight[i];
+    }
+    return sum_of(weight);
+}
+
+/* Scores become weights, that of a sink, which has no value, among what they are divided by; all 0 where nothing is
+ * seen. */
+AVX2 INLINED void weigh(float *score, int64_t tokens, const float *sink) {
+    const float most = largest_score(score, tokens, sink ? *sink : -FLT_MAX);
+    float total = sink ? exponential_of(*sink - most) : 0;
+    for (int64_t t = 0; t < tokens; t += LANES) total += weigh_eight(score + t, tokens - t, most);
+    total = total > 0 ? total : 1;
+    for (int64_t t = 0; t < tokens; t++) score[t] /= total;
+}
+
+/* Add to the results of `heads`, up to TOGETHER, [value_size] each, the values of `count` tokens, each with its weight;
+ * weights of the next head lie `tokens` further. */
+AVX2 INLINED void add_values(const Attention *a, const uint16_t *value, const float *weight, int64_t count,
+                             float *output, const int heads, const int type) {
+    const int64_t tokens = a->tokens, size = a->value_size;
+    int64_t k = 0;
+    for (; k + WIDTH * LANES <= size; k += WIDTH * LANES) {
+        __m256 sum[TOGETHER][WIDTH];
+        for (int h = 0; h < heads; h++)
+            for (int i = 0; i < WIDTH; i++) sum[h][i] = _mm256_loadu_ps(output + h * size + k + i * LANES);
+        for (int64_t t = 0; t < count; t++) {
+            __m256 numbers[WIDTH];
+            for (int i = 0; i < WIDTH; i++) numbers[i] = halves_at(value + t * a->value_strides[2] + k + i * LANES, type);
+            for (int h = 0; h < heads; h++) {
+                const __m256 own = _mm256_set1_ps(weight[h * tokens + t]);
+                for (int i = 0; i < WIDTH; i++) sum[h][i] = _mm256_fmadd_ps(own, numbers[i], sum[h][i]);
+            }
+        }
+        for (int h = 0; h < heads; h++)
+            for (int i = 0; i < WIDTH; i++) _mm256_storeu_ps(output + h * size + k + i * LANES, sum[h][i]);
+    }
+    for (; k < size; k++)
+        for (int h = 0; h < heads; h++)
+            for (int64_t t = 0; t < count; t++)
+                output[h * size + k] += half_at(value + t * a->value_strides[2] + k, type) * weight[h * tokens + t];
+}
+
+/* `heads`, up to TOGETHER, of those that share keys and values, from `own` of all heads on. */
+AVX2 INLINED void score_heads(const Attention *a, const uint16_t *key, int64_t batch, int64_t own, int64_t start,
+                              int64_t end, const int heads, const int type) {
+    const int64_t first = batch * a->kv_heads * a->shared + own, tokens = a->tokens;
+    for (int64_t t = start; t < end; t++) {
+        float found[TOGETHER];
+        dots(a->query + first * a->key_size, key + t * a->key_strides[2], a->key_size, found, heads, type);
+        for (int h = 0; h < heads; h++) {
+            float score = found[h] * a->scaling;
+            if (a->mask)
+                score += a->mask[batch * a->mask_strides[0] + (own + h) * a->mask_strides[1] + t * a->mask_strides[2]];
+            a->score[(first + h) * tokens + t] = score;
+        }
+    }
+}
+
+/* As many heads at once as there are, of those that are left: how many. */
+AVX2 INLINED int64_t score_some(const Attention *a, const uint16_t *key, int64_t batch, int64_t own, int64_t left,
+                                int64_t start, int64_t end, const int type) {
+    if (left >= 4) score_heads(a, key, batch, own, start, end, 4, type);
+    else if (left >= 2) score_heads(a, key, batch, own, start, end, 2, type);
+    else score_heads(a, key, batch, own, start, end, 1, type);
+    return left >= 4 ? 4 : left >= 2 ? 2 : 1;
+}
+
+AVX2 INLINED int64_t add_some(const Attention *a, const uint16_t *value, const float *weight, int64_t left, int64_t count,
+                              float *output, const int type) {
+    if (left >= 4) add_values(a, value, weight, count, output, 4, type);
+    else if (left >= 2) add_values(a, value, weight, count, output, 2, type);
+    else add_values(a, value, weight, count, output, 1, type);
+    return left >= 4 ? 4 : left >= 2 ? 2 : 1;
 }
 
 /* All heads that share the keys and values of one. */
 AVX2 INLINED void attend(const Attention *a, int64_t batch, int64_t head, const int type) {
     const uint16_t *key = a->key + batch * a->key_strides[0] + head * a->key_strides[1];
     const uint16_t *value = a->value + batch * a->value_strides[0] + head * a->value_strides[1];
-    const int64_t first = (batch * a->kv_heads + head) * a->shared, tokens = a->tokens;
-    for (int64_t block = 0; block < tokens; block += BLOCK)
-        for (int64_t one = 0; one < a->shared; one++) {
-            const int64_t own = head * a->shared + one;
-            const float *query = a->query + (first + one) * a->key_size;
-            float *score = a->score + (first + one) * tokens;
-            for (int64_t t = block; t < tokens && t < block + BLOCK; t++) {
-                score[t] = dot(query, key + t * a->key_strides[2], a->key_size, type) * a->scaling;
-                if (a->mask)
-                    score[t] += a->mask[batch * a->mask_strides[0] + own * a->mask_strides[1] + t * a->mask_strides[2]];
-            }
-        }
-    for (int64_t one = 0; one < a->shared; one++) {
-        const float *sink = a->sinks ? a->sinks + head * a->shared + one : 0;
-        float *score = a->score + (first + one) * tokens, total = weigh(score, tokens, sink);
-        for (int64_t t = 0; t < tokens; t++) score[t] /= total > 0 ? total : 1;
-        memset(a->output + (first + one) * a->value_size, 0, (size_t)a->value_size * sizeof(float));
-    }
-    for (int64_t block = 0; block < tokens; block += BLOCK)
-        for (int64_t one = 0; one < a->shared; one++) {
-            int64_t count = tokens - block < BLOCK ? tokens - block : BLOCK;
-            add_values(a, value + block * a->value_strides[2], a->score + (first + one) * tokens + block, count,
-                       a->output + (first + one) * a->value_size, type);
-        }
+    const int64_t own = head * a->shared, first = batch * a->kv_heads * a->shared + own, tokens = a->tokens;
+    float *score = a->score + first * tokens, *output = a->output + first * a->value_size;
+    for (int64_t start = 0; start < tokens; start += BLOCK)
+        for (int64_t one = 0; one < a->shared;)
+            one += score_some(a, key, batch, own + one, a->shared - one, start, least(start + BLOCK, tokens), type);
+    for (int64_t one = 0; one < a->shared; one++)
+        weigh(score + one * tokens, tokens, a->sinks ? a->sinks + own + one : 0);
+    memset(output, 0, (size_t)(a->shared * a->value_size) * sizeof *output);
+    for (int64_t start = 0; start < tokens; start += BLOCK)
+        for (int64_t one = 0; one < a->shared;)
+            one += add_some(a, value + start * a->value_strides[2], score + one * tokens + start, a->shared - one,
+                            least(tokens - start, BLOCK), output + one * a->value_size, type);
+}
+
+AVX2 INLINED void attend_one(const Attention *a, int64_t batch, int64_t head) {
+    if (a->type == BFLOAT16) attend(a, batch, head, BFLOAT16);
+    else attend(a, batch, head, FLOAT16);
 }
 
 AVX2 static void attend_part(const void *attention, int64_t start, int64_t end) {
     const Attention *a = attention;
-    for (int64_t at = start; at < end; at++) {
-        if (a->type == BFLOAT16) attend(a, at / a->kv_heads, at % a->kv_heads, BFLOAT16);
-        else attend(a, at / a->kv_heads, at % a->kv_heads, FLOAT16);
-    }
+    for (int64_t at = start; at < end; at++) attend_one(a, at / a->kv_heads, at % a->kv_heads);
 }
 
 void attend_to(const Attention *a, Parallel parallel) {
     in_parallel(parallel, a->threads, attend_part, a, a->batch * a->kv_heads, 1);
+}
+
+/* Rows of queries with keys and values of their own, of as many heads. attention_and_norm.py packs these fields, in this
+ * order. */
+typedef struct {
+    int64_t count;
+    Attention rows[]; /* of one sequence each */
+} Rows;
+
+AVX2 static void attend_rows(const void *all, int64_t start, int64_t end) {
+    const Rows *r = all;
+    const int64_t heads = r->rows[0].kv_heads;
+    for (int64_t at = start; at < end; at++) attend_one(&r->rows[at / heads], 0, at % heads);
+}
+
+void attend_to_each(const Rows *r, Parallel parallel) {
+    in_parallel(parallel, r->rows[0].threads, attend_rows, r, r->count * r->rows[0].kv_heads, 1);
 }
 
 #endif

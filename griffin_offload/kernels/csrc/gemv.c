@@ -105,15 +105,36 @@ AVX2 static void quantize_by_halves(const Product *p) {
         }
 }
 
-/* Of sums of outputs from `start` to `end` the product. */
-AVX2 static void store_part(const Product *p, int64_t start, int64_t end) {
-    for (int64_t row = 0; row < p->rows; row++)
-        for (int64_t output = start; output < least(end, p->features); output++) {
+/* Eight outputs of a row: both parts of their sums, and the bias. */
+AVX2 INLINED void store_eight(const Product *p, int64_t row, int64_t output, const int type) {
+    const float *sums = p->sums + row * p->parts * p->outputs + output;
+    __m256 sum = _mm256_loadu_ps(sums);
+    if (p->parts == 2) sum = _mm256_add_ps(sum, _mm256_loadu_ps(sums + p->outputs));
+    __m256 bias = _mm256_setzero_ps();
+    if (p->bias && type == FLOAT32) bias = _mm256_loadu_ps((const float *)p->bias + output);
+    else if (p->bias) bias = halves_at((const uint16_t *)p->bias + output, type);
+    store_rounded(p->product, row * p->features + output, _mm256_add_ps(sum, bias), type);
+}
+
+AVX2 INLINED void store_typed(const Product *p, int64_t start, int64_t end, const int type) {
+    for (int64_t row = 0; row < p->rows; row++) {
+        int64_t output = start;
+        for (; output + LANES <= end; output += LANES) store_eight(p, row, output, type);
+        for (; output < end; output++) {
             float sum = p->sums[row * p->parts * p->outputs + output], bias = 0;
             if (p->parts == 2) sum += p->sums[(row * p->parts + 1) * p->outputs + output];
-            if (p->bias) widen(p->bias, output, 1, p->x_type, &bias);
-            store_narrowed(p->product, row * p->features + output, p->x_type, sum + bias);
+            if (p->bias) widen(p->bias, output, 1, type, &bias);
+            store_narrowed(p->product, row * p->features + output, type, sum + bias);
         }
+    }
+}
+
+/* Of sums of outputs from `start` to `end` the product. */
+AVX2 static void store_part(const Product *p, int64_t start, int64_t end) {
+    end = least(end, p->features);
+    if (p->x_type == FLOAT32) store_typed(p, start, end, FLOAT32);
+    else if (p->x_type == BFLOAT16) store_typed(p, start, end, BFLOAT16);
+    else store_typed(p, start, end, FLOAT16);
 }
 
 /* x times the neurons' scales. */

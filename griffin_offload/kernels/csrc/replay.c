@@ -8,6 +8,8 @@
 #include "threads.h"
 
 #define AXES 4
+#define UNIT 512            /* numbers that stay together */
+#define PARALLEL_FROM 16384 /* fewer numbers take less time than threads to begin */
 
 enum operation { COPY, NEGATE, ADD, MULTIPLY };
 
@@ -25,27 +27,6 @@ AVX2 INLINED float number_at(const void *from, int64_t at, const int type) {
 
 AVX2 INLINED __m256 numbers_at(const void *from, int64_t at, const int type) {
     return type == FLOAT32 ? _mm256_loadu_ps((const float *)from + at) : halves_at((const uint16_t *)from + at, type);
-}
-
-/* As `narrowed`. */
-AVX2 INLINED void store_numbers(void *to, int64_t at, __m256 numbers, const int type) {
-    if (type == FLOAT32) {
-        _mm256_storeu_ps((float *)to + at, numbers);
-        return;
-    }
-    __m128i halves;
-    if (type == FLOAT16) {
-        halves = _mm256_cvtps_ph(numbers, _MM_FROUND_TO_NEAREST_INT);
-    } else {
-        __m256i bits = _mm256_castps_si256(numbers);
-        __m256i last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-        __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff)));
-        __m256i none = _mm256_castps_si256(_mm256_cmp_ps(numbers, numbers, _CMP_UNORD_Q));
-        rounded = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), none), 16);
-        __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
-        halves = _mm256_castsi256_si128(packed);
-    }
-    _mm_storeu_si128((__m128i *)((uint16_t *)to + at), halves);
 }
 
 AVX2 INLINED float of_one(const int operation, float a, float b) {
@@ -67,7 +48,7 @@ AVX2 INLINED void last_axis(const Elementwise *e, int64_t a, int64_t b, int64_t 
         for (; k + LANES <= size; k += LANES) {
             __m256 first = numbers_at(e->a, a + k, type);
             __m256 second = both ? numbers_at(e->b, b + k, type) : first;
-            store_numbers(e->out, out + k, of_eight(operation, first, second), out_type);
+            store_rounded(e->out, out + k, of_eight(operation, first, second), out_type);
         }
     for (; k < size; k++) {
         float first = number_at(e->a, a + k * a_step, type);
@@ -100,6 +81,24 @@ AVX2 void elementwise(const Elementwise *e, void *unused) {
     if (e->type == FLOAT32) of_type(e, FLOAT32);
     else if (e->type == BFLOAT16) of_type(e, BFLOAT16);
     else of_type(e, FLOAT16);
+}
+
+/* recording.py packs these fields, in this order. */
+typedef struct {
+    const uint16_t *table; /* what a function makes of each number of 16 bits */
+    const uint16_t *from;
+    uint16_t *to;
+    int64_t count, threads;
+} Lookup;
+
+static void look_up_part(const void *lookup, int64_t start, int64_t end) {
+    const Lookup *l = lookup;
+    for (int64_t i = start; i < end; i++) l->to[i] = l->table[l->from[i]];
+}
+
+void look_up(const Lookup *l, Parallel parallel) {
+    const int64_t threads = l->count < PARALLEL_FROM ? 1 : l->threads;
+    in_parallel(parallel, threads, look_up_part, l, l->count, UNIT);
 }
 
 typedef struct {
