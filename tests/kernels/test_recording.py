@@ -1,6 +1,5 @@
 """Recorded computations: replays against the same computation by torch, to the last bit."""
 
-import gc
 import itertools
 import threading
 from collections.abc import Callable
@@ -27,7 +26,6 @@ def record(compute: Callable[[Tensor], Tensor], given: Tensor) -> tuple[Recordin
 
 def trample() -> None:
     """Let memory that nobody keeps hold something else."""
-    gc.collect()
     for size in (1, 16, 64, 100, 256, 1024, 4096):
         for _ in range(20):
             torch.full((size,), float("nan"))
