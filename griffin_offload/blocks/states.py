@@ -311,10 +311,12 @@ def states_in(kept: Any) -> dict[str, Tensor]:
 
 def _from_config(config: PretrainedConfig, layers: int) -> list[LayerState]:
     """Of plain attention, in the words that most configs use."""
-    text = config.get_text_config()
-    heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return [LayerState(2 * heads * size, heads, heads * size)] * layers
+    found = list[LayerState]()
+    for own in config.get_text_config().per_layer_config[:layers]:  # which may differ
+        heads = int(getattr(own, "num_key_value_heads", None) or own.num_attention_heads)
+        size = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
+        found.append(LayerState(2 * heads * size, heads, heads * size))
+    return found
 
 
 # Kinds that stretch the positions a model was trained with; others say what they reach in max_position_embeddings.

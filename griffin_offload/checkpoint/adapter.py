@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from griffin_offload.blocks.layouts import build_on_meta
 from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
-from griffin_offload.checkpoint.config_files import MOST_CONFIG_BYTES, read_object
+from griffin_offload.checkpoint.config_files import MOST_CONFIG_BYTES, is_there, read_object
 from griffin_offload.checkpoint.decoding import typed
 from griffin_offload.checkpoint.files import FileState, states_of
 from griffin_offload.checkpoint.renaming import Conversion
@@ -117,13 +117,13 @@ class AdaptedCheckpoint(Checkpoint):
 def with_adapter(base: Checkpoint, directory: Path) -> Checkpoint:
     """`base` with the adapter in `directory` merged into it. Errors: UsageError, ModelNotFound, CheckpointError,
     UnsupportedModel; no weight is read."""
-    if not (directory / _CONFIG).is_file():
+    if not is_there(directory / _CONFIG):
         raise ModelNotFound(f"{directory} has no {_CONFIG}: give the directory of an adapter that peft has written")
     if not base.precision.is_plain:
         raise UsageError(f"{base.directory} is converted to {base.precision}: give the adapter when it is converted")
     said = _checked(read_object(directory / _CONFIG, MOST_CONFIG_BYTES), directory)
     file = (directory / _WEIGHTS).resolve()
-    if not file.is_file():
+    if not is_there(file):
         raise CheckpointError(f"{directory} has no {_WEIGHTS}: pickled adapters can run code, save it as safetensors")
     read_header(file)
     states = states_of([str(file)])

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from griffin_offload.checkpoint.files import check_content
+from griffin_offload.checkpoint.files import check_content, unreadable
 from griffin_offload.errors import CheckpointError, UnsupportedModel, one_line
 from griffin_offload.transformers_api import StockModel
 from griffin_offload.units import format_bytes
@@ -44,6 +44,14 @@ def read_object(path: Path, most_bytes: int) -> dict[str, Any]:
     return found
 
 
+def is_there(path: Path) -> bool:
+    """Whether it is a file; CheckpointError where this user may not know."""
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise CheckpointError(unreadable(path, error)) from error
+
+
 MAX_LAYERS = 1024
 """Far above any model there is; every one costs milliseconds before anything is known to fit."""
 _MAX_LABELS = 100_000
@@ -52,6 +60,7 @@ MOST_CONFIG_BYTES = 16_000_000
 _LAYER_COUNT = re.compile(r"layers?$|^depth$")
 # Others are packages, or repositories of compiled code that transformers would download and run.
 _IMPLEMENTATIONS = (None, "eager", "sdpa")
+_COUNTED = ("sliding_window", "factor")  # by which libraries count tokens: infinity and 2**63 they cannot
 _SIZES = (
     "hidden_size",
     "vocab_size",
@@ -119,6 +128,8 @@ def _check_entry(key: str, value: object, file: Path) -> None:
     most = MAX_LAYERS if _LAYER_COUNT.search(key) else _MAX_LABELS if key == "num_labels" else None
     if most is not None and isinstance(value, int | float) and not value <= most:
         raise CheckpointError(f"{file} says {key} is {value}: at most {most} are supported")
+    if key in _COUNTED and isinstance(value, int | float) and not value <= _MAX_SIZE:
+        raise CheckpointError(f"{file} says {key} is {value}: at most {_MAX_SIZE} is supported")
     if key.endswith(("attn_implementation", "experts_implementation")) and value not in _IMPLEMENTATIONS:
         raise CheckpointError(f"{file} asks for {key} {value!r}: only eager and sdpa are used, take it out")
 

@@ -10,6 +10,7 @@ from griffin_offload.checkpoint.gguf_config import (
     QKV_ROWS,
     Architecture,
     Described,
+    are_integers,
     common_config,
     heads_of_values,
     pairs_apart,
@@ -36,7 +37,7 @@ def config_of(described: Described) -> tuple[Architecture, dict[str, Any]]:
 
 def known(described: Described) -> Architecture:
     name, where = described.architecture, described.where
-    experts = described.metadata.get(f"{name}.expert_count", 0)
+    experts = described.integer("expert_count", 0)
     if experts or any("_exps." in tensor for tensor in described.tensors):
         if name in MIXTURES:
             return MIXTURES[name]
@@ -169,7 +170,7 @@ def _qwen3_5(described: Described, config: dict[str, Any]) -> None:
     }
     sections = described.metadata.get(f"{described.architecture}.rope.dimension_sections")
     rope = {"partial_rotary_factor": 1.0, "mrope_interleaved": True} | config["rope_parameters"]
-    if isinstance(sections, np.ndarray) and sections.size <= _MOST_SECTIONS:  # of images' positions; a text's are alike
+    if are_integers(sections) and sections.size <= _MOST_SECTIONS:  # of images' positions; a text's are alike
         rope["mrope_section"] = [int(section) for section in sections if section]
     config["rope_parameters"] = rope
 

@@ -4,10 +4,11 @@ transformers has a mapping, too, and leaves out much that changes the logits: fa
 head sizes, the part of a head that turns, soft caps. All of these are taken over here, or the file is refused.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -50,7 +51,8 @@ class Described:
             return default
         if isinstance(found, np.ndarray):
             found = self._of_all_layers(name, found)
-        if not isinstance(found, kinds) or (isinstance(found, bool) and kinds is int):
+        wrong = not isinstance(found, kinds) or (isinstance(found, bool) and kinds is int)
+        if wrong or (isinstance(found, float) and not math.isfinite(found)):
             raise CheckpointError(f"{self.where} says {name} is {str(found)[:60]!r}")
         return found
 
@@ -197,7 +199,12 @@ def _kv_heads(described: Described, architecture: Architecture, heads: int) -> i
 def _most(described: Described, architecture: Architecture, key: str) -> int | None:
     """Of any layer, where layers differ in it."""
     found = described.metadata.get(f"{described.architecture}.{key}")
-    return int(found.max()) if architecture.layers_differ and isinstance(found, np.ndarray) and found.size else None
+    return int(found.max()) if architecture.layers_differ and are_integers(found) and found.size else None
+
+
+def are_integers(values: object) -> TypeGuard[Any]:
+    """Whether they are an array of whole numbers: one of others may hold what is no number."""
+    return isinstance(values, np.ndarray) and values.dtype.kind in "iu"
 
 
 _TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding"}

@@ -16,7 +16,7 @@ from griffin_offload.blocks.experts import Experts
 from griffin_offload.blocks.layouts import find_feed_forwards, left_out_parts
 from griffin_offload.checkpoint.adapter import with_adapter
 from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
-from griffin_offload.checkpoint.config_files import load_config
+from griffin_offload.checkpoint.config_files import is_there, load_config
 from griffin_offload.checkpoint.converted import ConvertedCheckpoint, mark_of, open_converted
 from griffin_offload.checkpoint.files import check_name, unreadable
 from griffin_offload.checkpoint.gguf import open_gguf
@@ -78,7 +78,7 @@ def _check_readable(directory: Path) -> None:
 def read_config(path: str | Path) -> Checkpoint:
     """A checkpoint of which only config.json is known, `path` being that file: enough to plan with."""
     file = Path(os.path.expanduser(path))
-    if not file.is_file():
+    if not is_there(file):
         raise ModelNotFound(f"no file {file}: give a config.json")
     config = load_config(file)
     mark = mark_of(config, file.parent)

@@ -1,6 +1,7 @@
 """`griffin-offload models`: what is here, and what of it fits the budget."""
 
 import argparse
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from griffin_offload.cli.options import Commands, add_memory_options, heavy_imports, quiet_libraries
 from griffin_offload.cli.pull import size_of
 from griffin_offload.config import LoadConfig
-from griffin_offload.errors import GriffinError, as_line
+from griffin_offload.errors import CheckpointError, GriffinError, ModelNotFound, as_line
 from griffin_offload.units import format_bytes
 
 
@@ -31,7 +32,7 @@ def add_parser(commands: Commands) -> None:
 
 
 def models(arguments: argparse.Namespace) -> int:
-    """A line for each model; those that cannot be read say why."""
+    """A line for each model; those that cannot be read say why. ModelNotFound for a directory that is not there."""
     with heavy_imports():
         import griffin_offload.engine.spec  # noqa: F401
 
@@ -76,17 +77,25 @@ def _in_cache() -> Iterator[tuple[str, Path]]:
 
 
 def _in_directories(directories: list[Path]) -> Iterator[tuple[str, Path]]:
+    from griffin_offload.checkpoint.files import unreadable
+
     for directory in directories:
-        inside = sorted(one for one in directory.iterdir() if one.is_dir()) if directory.is_dir() else []
-        for place in (directory, *inside):
-            for path in _models_of(place):
-                yield str(path), path
+        try:
+            inside = sorted(one for one in directory.iterdir() if one.is_dir())
+        except NotADirectoryError as error:
+            raise ModelNotFound(f"{directory} is a file: give a directory that holds models") from error
+        except FileNotFoundError as error:
+            raise ModelNotFound(f"no directory {directory}: check the name, or leave it out to look here") from error
+        except PermissionError as error:
+            raise CheckpointError(unreadable(directory, error)) from error
+        yield from ((str(path), path) for path in _models_of(directory))
+        for place in inside:
+            with contextlib.suppress(PermissionError):  # one of another user's among others is no model of this one's
+                yield from [(str(path), path) for path in _models_of(place)]
 
 
 def _models_of(directory: Path) -> Iterator[Path]:
     """The directory itself if it is a checkpoint, and its GGUF files."""
-    if not directory.is_dir():
-        return
     if (directory / "config.json").is_file() and any(directory.glob("*.safetensors")):
         yield directory
     yield from sorted(directory.glob("*.gguf"))

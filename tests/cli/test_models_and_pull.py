@@ -1,5 +1,6 @@
 """`griffin-offload pull` from a hub of our own, asked by the real client, and `griffin-offload models`."""
 
+import errno
 import hashlib
 import json
 import re
@@ -8,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -147,6 +149,31 @@ def test_gguf_files_are_called_so(cli, checkpoints, tmp_path: Path):
     write_gguf(model, tmp_path / "tiny.gguf", "Q8_0")
     (row,) = cli("models", "--device", "cpu", "--max-gpu-mem", "1GB", "--json", tmp_path).json["models"]
     assert (Path(row["model"]).name, row["format"], row["fits"]) == ("tiny.gguf", "gguf", True)
+
+
+def test_a_directory_that_is_not_there_is_named(cli, tmp_path: Path):
+    cli.refuses(4, "no directory .*absent: check the name", "models", tmp_path / "absent")
+    (tmp_path / "file").touch()
+    cli.refuses(4, "file is a file: give a directory", "models", tmp_path / "file")
+
+
+def test_what_this_user_may_not_read_hides_no_other_model(cli, checkpoints, monkeypatch, tmp_path: Path):
+    (tmp_path / "model").symlink_to(checkpoints("llama2"))
+    (tmp_path / "another's").mkdir()
+    looked = Path.stat
+
+    def refused(path: Path, **options: Any) -> Any:
+        if path.parent.name == "another's":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return looked(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refused)
+    (row,) = cli("models", "--device", "cpu", "--max-gpu-mem", "1GB", "--json", tmp_path).json["models"]
+    assert Path(row["model"]).name == "model"
+    words = "another's/adapter_config.json cannot be read: Permission denied"
+    cli.refuses(4, words, "run", "x", "-m", tmp_path / "model", "--adapter", tmp_path / "another's")
+    words = "another's/config.json cannot be read: Permission denied"
+    cli.refuses(4, words, "plan", "--config", tmp_path / "another's" / "config.json")
 
 
 def test_what_was_cut_off_goes_on(hub: Hub, cli):

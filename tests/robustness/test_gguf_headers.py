@@ -1,8 +1,10 @@
 """GGUF headers that a stranger wrote: a named error, or the model, in bounded time and memory; nothing else."""
 
+import math
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from support.gguf_files import write_gguf
 from support.tiny_models import ARCHITECTURES, FURTHER, HYBRIDS
 
+from griffin_offload import GriffinModel
 from griffin_offload.checkpoint.gguf_blocks import block_types
 from griffin_offload.checkpoint.gguf_file import read_gguf
 from griffin_offload.checkpoint.registry import open_checkpoint
@@ -117,3 +120,27 @@ def test_the_reader_agrees_with_the_package(whole: Path):
         expected = theirs.fields[key].contents()
         found = ours.texts(key) if isinstance(expected, list) and isinstance(expected[0], str) else value
         assert (found.tolist() if hasattr(found, "tolist") else found) == expected, key
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "words"),
+    [
+        ("gemma4", "feed_forward_length", [math.nan] * 3, "says gemma4.feed_forward_length is 'nan'"),
+        ("gemma4", "attention.head_count_kv", [math.nan] * 3, "says gemma4.attention.head_count_kv is 'nan'"),
+        ("gemma4", "attention.head_count", 3, "mismatched tensors, first model.layers.0"),
+        ("qwen3_5", "expert_count", [0, 0, 1], "qwen35.expert_count differs between layers"),
+        ("gemma4", "attention.sliding_window", 2**63, "says sliding_window is 9223372036854775808"),
+        ("qwen3_5", "rope.freq_base", math.inf, "says qwen35.rope.freq_base is 'inf'"),
+        ("llama2", "rope.scaling.factor", math.nan, "says llama.rope.scaling.factor is 'nan'"),
+    ],
+)
+def test_arrays_and_no_numbers_in_the_place_of_numbers_are_named(
+    name: str, key: str, value: Any, words: str, tmp_path: Path
+):
+    architecture = {"qwen3_5": "qwen35", "llama2": "llama"}.get(name, name)
+    more = {f"{architecture}.{key}": value}
+    if key == "rope.scaling.factor":
+        more |= {"llama.rope.scaling.type": "linear"}
+    path = write_gguf((ARCHITECTURES | FURTHER | HYBRIDS)[name].build(), tmp_path / "tiny.gguf", more=more)
+    with pytest.raises(GriffinError, match=words):
+        GriffinModel.from_pretrained(path, device="cpu", max_gpu_mem="1GB")
