@@ -27,7 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from report import markdown_table, provenance, publish
@@ -55,15 +55,25 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-Taken = tuple[int, float, float]
-"""Tokens, seconds of the clock, and of the processors."""
+class Taken(NamedTuple):
+    """By a round."""
+
+    tokens: int
+    seconds: float
+    processor_s: float
+    rates: list[float]
+    """Of each answer, tokens a second behind its first one; none where that is not known."""
 
 
-def timed(generate: Callable[[], int]) -> Callable[[], Taken]:
+Answers = tuple[int, list[float]]
+"""Tokens of all, and the rate of each."""
+
+
+def timed(generate: Callable[[], Answers]) -> Callable[[], Taken]:
     def run() -> Taken:
         clock, processor = time.perf_counter(), time.process_time()
-        tokens = generate()
-        return tokens, time.perf_counter() - clock, time.process_time() - processor
+        tokens, rates = generate()
+        return Taken(tokens, time.perf_counter() - clock, time.process_time() - processor, rates)
 
     return run
 
@@ -86,7 +96,7 @@ def peer(options: argparse.Namespace) -> Iterator[dict[str, Callable[[], Taken]]
                 asking.write(f"{count} {options.prompt_tokens} {options.tokens}\n")
                 asking.flush()
                 found = json.loads(answers.readline())
-                return found["tokens"], found["seconds"], found["processor_s"]
+                return Taken(found["tokens"], found["seconds"], found["processor_s"], found.get("rates", []))
 
             return run
 
@@ -101,20 +111,27 @@ def rounds(model: GriffinModel, options: argparse.Namespace) -> dict[str, Callab
     random = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, model.vocab_size, (max(counts), 1, options.prompt_tokens), generator=random)
 
-    def alone() -> int:
-        return sum(model.generate(prompt, **fixed).shape[1] - options.prompt_tokens for prompt in prompts[:2])
+    def alone() -> Answers:
+        tokens, rates = 0, []
+        for prompt in prompts[:2]:
+            tokens += model.generate(prompt, **fixed).shape[1] - options.prompt_tokens
+            rates.append(model.last_report.decode_tokens_per_s)
+        return tokens, rates
 
-    def together(count: int) -> Callable[[], int]:
-        return lambda: sum(
-            len(answer.tokens) for answer in model.generate_many(iter(prompts[:count]), most=count, **fixed)
-        )
+    def together(count: int) -> Callable[[], Answers]:
+        def answer() -> Answers:
+            found = list(model.generate_many(iter(prompts[:count]), most=count, **fixed))
+            return sum(len(one.tokens) for one in found), [one.report.decode_tokens_per_s for one in found]
+
+        return answer
 
     found = {"one after the other": alone, **{f"{count} together": together(count) for count in counts}}
     if options.stock:
         stock = AutoModelForCausalLM.from_pretrained(options.dir, dtype=options.dtype)
         masked = fixed | {"attention_mask": torch.ones_like(prompts[0])}
-        found["stock transformers"] = lambda: sum(
-            stock.generate(prompt, **masked).shape[1] - options.prompt_tokens for prompt in prompts[:2]
+        found["stock transformers"] = lambda: (
+            sum(stock.generate(prompt, **masked).shape[1] - options.prompt_tokens for prompt in prompts[:2]),
+            [],
         )
     return {name: timed(generate) for name, generate in found.items()}
 
@@ -127,38 +144,44 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     loading = GriffinModel.from_pretrained(options.dir, max_gpu_mem=options.max_mem, **settings)
     with loading as model, peer(options) as theirs:
         kinds = rounds(model, options) | theirs
-        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
+        taken: dict[str, list[Taken]] = {name: [] for name in kinds}
         for repeat in range(options.repeats + 1):
             for name, run in kinds.items():
-                tokens, wall, processor = run()
+                found = run()
                 if repeat:  # the first round is a warm-up
-                    seconds[name].append((wall / tokens, processor / tokens))
-        return {"model": str(options.dir.name), "precision": model.plan.precision, "rounds": figures(seconds)}
+                    taken[name].append(found)
+        return {"model": str(options.dir.name), "precision": model.plan.precision, "rounds": figures(taken)}
 
 
-def figures(seconds: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
+def figures(taken: dict[str, list[Taken]]) -> dict[str, Any]:
     """Medians, and how many times as fast as the first kind: by the round, since the machine differs between them."""
-    first = next(iter(seconds.values()))
-    found = {}
-    for name, taken in seconds.items():
-        ratios = [[other[i] / own[i] for own, other in zip(taken, first, strict=True)] for i in (0, 1)]
+    first, found = next(iter(taken.values())), {}
+    for name, own in taken.items():
+        seconds = [one.seconds / one.tokens for one in own]
+        processor_s = [one.processor_s / one.tokens for one in own]
+        by_clock = [other.seconds / other.tokens / mine for mine, other in zip(seconds, first, strict=True)]
+        by_processor = [other.processor_s / other.tokens / mine for mine, other in zip(processor_s, first, strict=True)]
+        rates = [rate for one in own for rate in one.rates]
         found[name] = {
-            "tokens_per_s": 1 / statistics.median(wall for wall, _ in taken),
-            "processor_ms_per_token": 1e3 * statistics.median(processor for _, processor in taken),
-            "times_as_fast": statistics.median(ratios[0]),
-            "spread": [min(ratios[0]), max(ratios[0])],
-            "times_as_fast_by_processor_time": statistics.median(ratios[1]),
+            "tokens_per_s": 1 / statistics.median(seconds),
+            "ms_per_further_token": 1e3 / statistics.median(rates) if rates else None,
+            "processor_ms_per_token": 1e3 * statistics.median(processor_s),
+            "times_as_fast": statistics.median(by_clock),
+            "spread": [min(by_clock), max(by_clock)],
+            "times_as_fast_by_processor_time": statistics.median(by_processor),
         }
     return found
 
 
 def table(found: dict[str, Any]) -> str:
-    head = ["", "tokens/s, all", "times as fast (least, most)", "processor time a token", "by processor time"]
+    head = ["", "tokens/s, all", "times as fast (least, most)", "a further token of an answer"]
+    head += ["processor time a token", "by processor time"]
     rows = [
         [
             name,
             f"{one['tokens_per_s']:.1f}",
             f"{one['times_as_fast']:.2f} ({one['spread'][0]:.2f}, {one['spread'][1]:.2f})",
+            f"{one['ms_per_further_token']:.1f} ms" if one["ms_per_further_token"] else "",
             f"{one['processor_ms_per_token']:.1f} ms",
             f"{one['times_as_fast_by_processor_time']:.2f}",
         ]

@@ -35,12 +35,13 @@ def main() -> int:
         count, prompt_tokens, tokens = map(int, line.split())
         random = torch.Generator().manual_seed(0)
         prompts = torch.randint(3, model.config.vocab_size, (count, 1, prompt_tokens), generator=random)
-        clock, processor, made = time.perf_counter(), time.process_time(), 0
+        clock, processor, made, rates = time.perf_counter(), time.process_time(), 0, []
         for prompt in prompts:
             answer = model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
             made += answer.shape[1] - prompt_tokens
-        taken = time.perf_counter() - clock, time.process_time() - processor
-        print(json.dumps({"tokens": made, "seconds": taken[0], "processor_s": taken[1]}), flush=True)
+            rates.append(model.last_report.decode_tokens_per_s)
+        taken = {"seconds": time.perf_counter() - clock, "processor_s": time.process_time() - processor}
+        print(json.dumps({"tokens": made, "rates": rates} | taken), flush=True)
     return 0
 
 
