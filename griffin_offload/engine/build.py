@@ -310,6 +310,14 @@ def attend_to_each(
     raise AssertionError("one after the other takes everything")
 
 
+def causal_mask(query: Tensor) -> Tensor:
+    """What is added to the scores of a prompt's query [1, heads, T, D]: [1, 1, T, T]. torch's own attention needs none:
+    it is causal by itself."""
+    tokens, least = query.shape[2], torch.finfo(query.dtype).min
+    full = torch.full((1, 1, tokens, tokens), least, dtype=query.dtype, device=query.device)
+    return full.triu_(1)
+
+
 def _one_after_the_other(
     module: nn.Module, query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], **kwargs: Any
 ) -> tuple[Tensor, None]:

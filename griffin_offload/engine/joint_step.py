@@ -27,6 +27,7 @@ from griffin_offload.engine.build import (
     OWN_ATTENTION,
     SINKS_NAME,
     attend_to_each,
+    causal_mask,
     eager_attention_of,
     own_attention_takes,
 )
@@ -34,10 +35,10 @@ from griffin_offload.engine.decode_graph import why_not_static
 from griffin_offload.engine.generation import tokens_of
 from griffin_offload.engine.model_interface import StockForward, one_token_each
 from griffin_offload.engine.report import GraphReport
-from griffin_offload.engine.step_replay import NOT_YET, NotRecorded, ReplayedLayer, StepReplays
+from griffin_offload.engine.step_replay import NOT_YET, MovingCopy, NotRecorded, ReplayedLayer, StepReplays
 from griffin_offload.errors import one_line
 from griffin_offload.kernels.attention_and_norm import EachTokenJob, SeenTokens, each_token, elementwise_knows
-from griffin_offload.kernels.recording import MovingCopy, called_again, is_recording, unrecorded
+from griffin_offload.kernels.recording import called_again, is_recording, unrecorded
 from griffin_offload.kv_cache.kv_cache import KVCache, can_cache
 from griffin_offload.kv_cache.kv_layer import KVLayer
 from griffin_offload.transformers_api import CACHE, Arguments, StockModel, StockOutput
@@ -193,17 +194,9 @@ def _attend_apart(
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(layer.implementation, eager)
     own = list(zip(_apart(query, lengths), keys, values, strict=True))
     adds_masks = (attend is eager or layer.implementation == SINKS_NAME) and lengths is not None
-    masks = [_causal_mask(states[0]) if adds_masks else None for states in own]
+    masks = [causal_mask(states[0]) if adds_masks else None for states in own]
     found = [attend(module, *states, mask, **options)[0] for states, mask in zip(own, masks, strict=True)]
     return torch.cat(found, dim=0 if lengths is None else 1)
-
-
-def _causal_mask(query: Tensor) -> Tensor:
-    """What is added to the scores of a prompt's query [1, heads, T, D]: [1, 1, T, T]. torch's own attention needs none:
-    it is causal by itself."""
-    tokens, least = query.shape[2], torch.finfo(query.dtype).min
-    full = torch.full((1, 1, tokens, tokens), least, dtype=query.dtype, device=query.device)
-    return full.triu_(1)
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

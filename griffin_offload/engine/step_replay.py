@@ -18,7 +18,9 @@ from griffin_offload.engine.generation import tokens_of
 from griffin_offload.engine.model_interface import one_token_each
 from griffin_offload.engine.report import GraphReport
 from griffin_offload.errors import GriffinError, one_line
-from griffin_offload.kernels.recording import recorded
+from griffin_offload.kernels.attention_and_norm import COPY, elementwise_job, point_copy
+from griffin_offload.kernels.library import library
+from griffin_offload.kernels.recording import recorded, unrecorded
 from griffin_offload.kv_cache.kv_cache import KVCache
 from griffin_offload.transformers_api import StockModel
 
@@ -45,6 +47,22 @@ class ReplayedLayer(Protocol):
 
 Step = Callable[[dict[str, Any], Sequence[KVCache], list[ReplayedLayer]], Tensor]
 """The logits [N, V] for inputs and KV caches; layers in the place of theirs are added to the list."""
+
+
+class MovingCopy:
+    """A copy of `source` [heads, D] that a recording knows, to a token of keys or values, another one every time."""
+
+    def __init__(self, source: Tensor, states: Tensor, token: int) -> None:
+        own = library()
+        assert own is not None, "`elementwise_knows` was asked"
+        with unrecorded():  # a recording keeps what it sees views of
+            self._job = elementwise_job(COPY, states[0, :, token], source)
+        own.call("elementwise", self._job)
+
+    def go_to(self, states: Tensor, token: int) -> None:
+        """The next copy goes to a token of `states` [1, heads, T, D], whose numbers lie side by side."""
+        _, head_step, token_step, _ = states.stride()
+        point_copy(self._job, states.data_ptr() + token * token_step * states.itemsize, head_step)
 
 
 class _Scores:

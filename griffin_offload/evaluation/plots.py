@@ -90,7 +90,7 @@ def draw(make: "Callable[[], Figure]", directory: Path, name: str) -> list[Path]
             path = directory / f"{name}.{kind}"
             with renamed(path) as temporary:
                 figure.savefig(temporary, format=kind, dpi=_DOTS_PER_INCH, metadata=metadata)
-            figure.set_layout_engine("none")  # everything has its place, which takes longer than drawing it
+            figure.set_layout_engine(None)  # everything has its place, which takes longer than drawing it
             paths.append(path)
     return paths
 

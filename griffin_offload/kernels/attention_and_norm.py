@@ -5,6 +5,7 @@ torch's kernel of attention is made for many queries: for one it reads keys and 
 and emulates every product where the processor has no instructions for 16 bits (benchmarks/NOTES.md).
 """
 
+import functools
 import struct
 import weakref
 from collections.abc import Sequence
@@ -282,7 +283,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *beside: object) -> Tens
 
 
 _AXES = 4
-ELEMENTWISE = struct.Struct(f"@3P3q{4 * _AXES}q")
+_ELEMENTWISE = struct.Struct(f"@3P3q{4 * _AXES}q")
 """The struct Elementwise of replay.c."""
 COPY, NEGATE, ADD, MULTIPLY = range(4)
 _aten = torch.ops.aten
@@ -305,4 +306,51 @@ def elementwise_job(operation: int, out: Tensor, *given: Tensor) -> bytearray:
     addresses = [own.data_ptr() for own in (*given, *given[:1])][:2]
     padded = [step for own in steps for step in ((0,) * (_AXES - out.dim()) + own)]
     types = NUMBER_TYPES[given[0].dtype], NUMBER_TYPES[out.dtype]
-    return bytearray(ELEMENTWISE.pack(*addresses, out.data_ptr(), operation, *types, *filled, *padded))
+    return bytearray(_ELEMENTWISE.pack(*addresses, out.data_ptr(), operation, *types, *filled, *padded))
+
+
+def point_copy(job: bytearray, address: int, head_step: int) -> None:
+    """Have the copy of `job`, whose result is [heads, D], go to an address, in so many numbers from head to head."""
+    _TARGET.pack_into(job, _TARGET_AT, address)
+    _STEP.pack_into(job, _HEADS_AT, head_step)
+
+
+_TARGET, _STEP = struct.Struct("@P"), struct.Struct("@q")
+_TARGET_AT, _HEADS_AT = 2 * _TARGET.size, _ELEMENTWISE.size - 2 * _STEP.size
+
+
+# Functions of one 16-bit number (replay.c): looked up in a table of all 65,536, which torch's own operator has filled.
+
+
+OF_ONE_NUMBER = (_aten.silu, _aten.gelu, _aten.sigmoid, _aten.tanh, _aten.relu)
+_LOOKUP = struct.Struct("@3P2q")
+"""The struct Lookup of replay.c."""
+_LOOKED_UP_FROM = 4096  # numbers: fewer torch computes in about as long as its call takes
+MOST_TABLES = 2
+"""Of one computation: most models have one function."""
+
+
+def lookup_knows(out: Tensor, given: Tensor) -> bool:
+    """Whether what a function gives is looked up."""
+    alike = given.dtype == out.dtype and given.is_contiguous() and out.is_contiguous()
+    known = alike and out.dtype in HALVES and elementwise_knows(out, given)
+    return known and out.numel() >= _LOOKED_UP_FROM
+
+
+@functools.lru_cache(2 * MOST_TABLES)
+def table_of(function: Any, dtype: torch.dtype, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> Tensor:
+    """What it gives for each number of 16 bits [65536]; `args` and `kwargs` are those beside the number."""
+    every = torch.arange(2**16, dtype=torch.int32, device="cpu").to(torch.uint16).view(dtype)
+    table: Tensor = function(every, *args, **dict(kwargs))
+    return table
+
+
+def lookup_job(table: Tensor, out: Tensor, given: Tensor) -> bytearray:
+    """Of replay.c: `out` becomes what `table` has for what is `given`."""
+    addresses = table.data_ptr(), given.data_ptr(), out.data_ptr()
+    return bytearray(_LOOKUP.pack(*addresses, out.numel(), torch.get_num_threads()))
+
+
+def tables_bytes(numbers: int) -> int:
+    """Of the tables that a computation keeps whose functions take up to so many numbers."""
+    return MOST_TABLES * 2**16 * 2 if numbers >= _LOOKED_UP_FROM else 0

@@ -24,14 +24,23 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from griffin_offload.kernels.attention_and_norm import COPY, ELEMENTWISE, OPERATIONS, elementwise_job, elementwise_knows
-from griffin_offload.kernels.library import HALVES, Job, Kernel, Library, library, note_calls
+from griffin_offload.kernels.attention_and_norm import (
+    COPY,
+    MOST_TABLES,
+    OF_ONE_NUMBER,
+    OPERATIONS,
+    elementwise_job,
+    elementwise_knows,
+    lookup_job,
+    lookup_knows,
+    table_of,
+)
+from griffin_offload.kernels.library import Job, Kernel, Library, library, note_calls
 
 _ALIGNED, _BLOCKS = 64, 256
 _aten = torch.ops.aten
 _EMPTY = (_aten.empty, _aten.empty_like, _aten.new_empty, _aten.empty_strided, _aten.new_empty_strided)
 _COPIES = (_aten.clone, _aten._to_copy)
-_OF_ONE_NUMBER = (_aten.silu, _aten.gelu, _aten.sigmoid, _aten.tanh, _aten.relu)
 # Operators whose shapes or answers depend on numbers, or that draw some.
 _UNSURE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
 
@@ -39,13 +48,6 @@ _MASKS, _PLAIN = (torch.bool, torch.uint8), (Tensor, nn.Parameter)
 
 Step = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 _CALL, _CALLS = struct.Struct("@2P"), struct.Struct("@Pq")
-_LOOKUP = struct.Struct("@3P2q")
-"""The struct Lookup of replay.c."""
-LOOKED_UP_FROM = 1024
-"""Of so many numbers of 16 bits a function is looked up, which torch would compute in as long as its call takes."""
-_MOST_TABLES = 2
-TABLES_BYTES = _MOST_TABLES * 2**16 * 2
-"""Of the functions that are looked up."""
 
 
 class _Memory:
@@ -225,7 +227,7 @@ class Recording(TorchDispatchMode):
             parts, axis = args[0], args[1] if len(args) > 1 else 0
             places = out.split([part.shape[axis] for part in parts], axis)
             return elementwise_knows(*places, *parts) and all(map(self._copied, places, parts))
-        if getattr(function, "overloadpacket", None) in _OF_ONE_NUMBER:
+        if getattr(function, "overloadpacket", None) in OF_ONE_NUMBER:
             return self._looked_up(function, args, kwargs, out)
         operation = OPERATIONS.get(function)
         if operation is None or kwargs.get("alpha", 1) != 1 or not elementwise_knows(out, *args):
@@ -237,17 +239,13 @@ class Recording(TorchDispatchMode):
 
     def _looked_up(self, function: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
         """Whether what torch's `function` gives is looked up, in a table that it has made itself."""
-        given, key = args[0], (function, out.dtype, args[1:], tuple(kwargs.items()))
-        alike = given.dtype == out.dtype and given.is_contiguous() and out.is_contiguous()
-        if not (alike and elementwise_knows(out, given) and out.dtype in HALVES and out.numel() >= LOOKED_UP_FROM):
+        key = function, out.dtype, args[1:], tuple(kwargs.items())
+        full = key not in self.tables and len(self.tables) == MOST_TABLES
+        if full or not lookup_knows(out, args[0]):
             return False
-        if key not in self.tables and len(self.tables) == _MOST_TABLES:
-            return False
-        table = self.tables.setdefault(key, _table_of(*key))
-        addresses = table.data_ptr(), given.data_ptr(), out.data_ptr()
-        job = bytearray(_LOOKUP.pack(*addresses, out.numel(), torch.get_num_threads()))
+        table = self.tables.setdefault(key, table_of(*key))
         assert self._library is not None, "its numbers are known"
-        self._steps.append(KernelCall(self._library.functions.look_up, job))
+        self._steps.append(KernelCall(self._library.functions.look_up, lookup_job(table, out, args[0])))
         return True
 
     def _copied(self, out: Tensor, source: Tensor) -> bool:
@@ -328,14 +326,6 @@ def _kind_of(operator: Any) -> str:
     return "in place" if operator._schema.is_mutable else "plain"
 
 
-@functools.lru_cache(2 * _MOST_TABLES)
-def _table_of(function: Any, dtype: torch.dtype, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> Tensor:
-    """What it gives for each number of 16 bits."""
-    every = torch.arange(2**16, dtype=torch.int32, device="cpu").to(torch.uint16).view(dtype)
-    table: Tensor = function(every, *args, **dict(kwargs))
-    return table
-
-
 @functools.cache
 def _writing(function: Any) -> Any:
     """Of an operator of torch's the one that takes the same and writes what it gives; None where there is none."""
@@ -360,27 +350,6 @@ def _copy_into(out: Any, function: Callable[..., Any], args: Any, kwargs: Any) -
 def recorded_bytes(result_bytes: int) -> int:
     """Of a recording whose results take so many at once: the rest of a block may go with each."""
     return result_bytes + _BLOCKS * _ALIGNED
-
-
-class MovingCopy:
-    """A copy of `source` [heads, D] that a recording knows, to a token of keys or values, another one every time."""
-
-    def __init__(self, source: Tensor, states: Tensor, token: int) -> None:
-        own = library()
-        assert own is not None, "`elementwise_knows` was asked"
-        with unrecorded():  # a recording keeps what it sees views of
-            self._job = elementwise_job(COPY, states[0, :, token], source)
-        own.call("elementwise", self._job)
-
-    def go_to(self, states: Tensor, token: int) -> None:
-        """The next copy goes to a token of `states` [1, heads, T, D], whose numbers lie side by side."""
-        _, head_step, token_step, _ = states.stride()
-        _TARGET.pack_into(self._job, _TARGET_AT, states.data_ptr() + token * token_step * states.itemsize)
-        _STEP.pack_into(self._job, _HEADS_AT, head_step)
-
-
-_TARGET, _STEP = struct.Struct("@P"), struct.Struct("@q")
-_TARGET_AT, _HEADS_AT = 2 * _TARGET.size, ELEMENTWISE.size - 2 * _STEP.size
 
 
 def is_recording() -> bool:

@@ -96,8 +96,8 @@ class Store:
         self._parts = [change(part) for part in self._parts]
 
     def reorder(self, indices: Tensor, tokens: int) -> None:
-        for piece in _pieces(tokens):
-            for part in self._parts:
+        for part, (rows, _) in zip(self._parts, self.shapes(1, tokens), strict=True):
+            for piece in _pieces(rows):
                 part[:, :, piece] = part[:, :, piece].index_select(0, indices.to(part.device))
 
 
@@ -311,11 +311,6 @@ class Int4Keys(QuantizedStore):
         groups, first = -(-tokens // KV_GROUP), start // KV_GROUP
         self._parts[1][:, :, :groups] = self._parts[1][:, :, first : first + groups].clone()
         self._group -= first
-
-    def reorder(self, indices: Tensor, tokens: int) -> None:
-        for part, (rows, _) in zip(self._parts, self.shapes(self._size, tokens), strict=True):
-            for piece in _pieces(rows):
-                part[:, :, piece] = part[:, :, piece].index_select(0, indices.to(part.device))
 
 
 def _places(group: Tensor) -> Tensor:

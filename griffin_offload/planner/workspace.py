@@ -8,9 +8,9 @@ from dataclasses import replace
 
 from griffin_offload.blocks.base import whole_chunk
 from griffin_offload.blocks.sizes import ModelSizes
-from griffin_offload.kernels.attention_and_norm import attending_bytes
+from griffin_offload.kernels.attention_and_norm import attending_bytes, tables_bytes
 from griffin_offload.kernels.by_blocks import product_bytes
-from griffin_offload.kernels.recording import LOOKED_UP_FROM, TABLES_BYTES, recorded_bytes
+from griffin_offload.kernels.recording import recorded_bytes
 from griffin_offload.kv_cache.sequence import snapshot_bytes, statistic_bytes
 from griffin_offload.kv_cache.workload import Workload
 from griffin_offload.method.allocation import Counts
@@ -139,8 +139,8 @@ def _replays_bytes(shape: ModelSizes, request: PlanRequest, use: Workload, count
     for rows in range(max(request.sequences - request.replays, 0) + 1, request.sequences + 1):
         step = workspace_bytes(shape, request, replace(use, batch=rows), 1, use.ctx_tokens, counts)
         found += recorded_bytes(step - shape.scratch_bytes + rows * shape.vocab_size * shape.item_bytes)
-    looked_up = found and request.sequences * max(shape.width, shape.attention_width) >= LOOKED_UP_FROM
-    return found + (TABLES_BYTES if looked_up else 0)
+    widest = request.sequences * max(shape.width, shape.attention_width)
+    return found + tables_bytes(widest) if found else 0
 
 
 def statistics_bytes(
