@@ -326,28 +326,45 @@ OF_ONE_NUMBER = (_aten.silu, _aten.gelu, _aten.sigmoid, _aten.tanh, _aten.relu)
 _LOOKUP = struct.Struct("@3P2q")
 """The struct Lookup of replay.c."""
 _LOOKED_UP_FROM = 4096  # numbers: fewer torch computes in about as long as its call takes
+_VECTOR, _ONE_THREAD = 64, 32768  # numbers: torch computes whole vectors, and so many by one thread
 MOST_TABLES = 2
 """Of one computation: most models have one function."""
 
 
-def lookup_knows(out: Tensor, given: Tensor) -> bool:
-    """Whether what a function gives is looked up."""
-    alike = given.dtype == out.dtype and given.is_contiguous() and out.is_contiguous()
-    known = alike and out.dtype in HALVES and elementwise_knows(out, given)
-    return known and out.numel() >= _LOOKED_UP_FROM
+class Table(NamedTuple):
+    """What a function gives for each number of 16 bits."""
+
+    numbers: Tensor
+    """[65536], as torch computes them by vectors."""
+    everywhere: bool
+    """Whether it computes the same one by one, which it does behind the last whole vector of a thread."""
+
+
+def may_be_looked_up(out: Tensor, given: Tensor) -> bool:
+    """Whether a function of so many numbers is worth a table."""
+    many = out.dtype in HALVES and given.dtype == out.dtype and out.numel() >= _LOOKED_UP_FROM
+    return many and elementwise_knows(out, given)
+
+
+def lookup_knows(out: Tensor, given: Tensor, table: Table) -> bool:
+    """Whether what a function gives is what is looked up."""
+    by_vectors = out.numel() % _VECTOR == 0 and out.numel() <= _ONE_THREAD
+    return (table.everywhere or by_vectors) and given.is_contiguous() and out.is_contiguous()
 
 
 @functools.lru_cache(2 * MOST_TABLES)
-def table_of(function: Any, dtype: torch.dtype, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> Tensor:
-    """What it gives for each number of 16 bits [65536]; `args` and `kwargs` are those beside the number."""
+def table_of(function: Any, dtype: torch.dtype, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> Table:
+    """`args` and `kwargs` are those beside the number."""
     every = torch.arange(2**16, dtype=torch.int32, device="cpu").to(torch.uint16).view(dtype)
-    table: Tensor = function(every, *args, **dict(kwargs))
-    return table
+    parts = every.split(_ONE_THREAD)
+    numbers = torch.cat([function(part, *args, **dict(kwargs)) for part in parts])
+    one_by_one = function(every.repeat_interleave(2)[::2], *args, **dict(kwargs))  # in steps there are no vectors
+    return Table(numbers, torch.allclose(numbers, one_by_one, rtol=0, atol=0, equal_nan=True))
 
 
-def lookup_job(table: Tensor, out: Tensor, given: Tensor) -> bytearray:
+def lookup_job(table: Table, out: Tensor, given: Tensor) -> bytearray:
     """Of replay.c: `out` becomes what `table` has for what is `given`."""
-    addresses = table.data_ptr(), given.data_ptr(), out.data_ptr()
+    addresses = table.numbers.data_ptr(), given.data_ptr(), out.data_ptr()
     return bytearray(_LOOKUP.pack(*addresses, out.numel(), torch.get_num_threads()))
 
 

@@ -33,6 +33,7 @@ from griffin_offload.kernels.attention_and_norm import (
     elementwise_knows,
     lookup_job,
     lookup_knows,
+    may_be_looked_up,
     table_of,
 )
 from griffin_offload.kernels.library import Job, Kernel, Library, library, note_calls
@@ -240,10 +241,12 @@ class Recording(TorchDispatchMode):
     def _looked_up(self, function: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
         """Whether what torch's `function` gives is looked up, in a table that it has made itself."""
         key = function, out.dtype, args[1:], tuple(kwargs.items())
-        full = key not in self.tables and len(self.tables) == MOST_TABLES
-        if full or not lookup_knows(out, args[0]):
+        if not may_be_looked_up(out, args[0]) or (key not in self.tables and len(self.tables) == MOST_TABLES):
             return False
-        table = self.tables.setdefault(key, table_of(*key))
+        table = table_of(*key)
+        if not lookup_knows(out, args[0], table):
+            return False
+        self.tables[key] = table.numbers
         assert self._library is not None, "its numbers are known"
         self._steps.append(KernelCall(self._library.functions.look_up, lookup_job(table, out, args[0])))
         return True

@@ -185,21 +185,40 @@ def test_elementwise_kernels_are_torchs_operators(sizes: list[int], seed: int, d
         check(compute, [x, -x])
 
 
+FUNCTIONS = [nn.SiLU(), nn.GELU(), nn.GELU(approximate="tanh"), nn.Sigmoid(), nn.Tanh(), nn.ReLU()]
+
+
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    "function",
-    [nn.SiLU(), nn.GELU(), nn.GELU(approximate="tanh"), nn.Sigmoid(), nn.Tanh(), nn.ReLU()],
-    ids=lambda own: repr(own),
-)
+@pytest.mark.parametrize("function", FUNCTIONS, ids=repr)
 def test_functions_of_one_number_are_looked_up(function: nn.Module, dtype: torch.dtype):
-    """Every number of 16 bits, on one thread and on two; what is no number, too."""
-    every = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(dtype).view(256, 256)
-    recording = check(function, [every, every.flip(1)])
+    """Every number of 16 bits, in whole vectors; what is no number, too."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(dtype).view(2, -1)
+    recording = check(function, [every[0], every[1]])
     assert recording.calls == 1
     assert [table.numel() for table in recording.tables.values()] == [2**16]
-    small = check(function, [every[:15], every[15:30]])
+    small = check(function, [every[0, :4032], every[1, :4032]])
     assert not small.tables, "torch is as fast"
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("function", FUNCTIONS, ids=repr)
+@pytest.mark.parametrize(("numbers", "threads"), [(4099, 1), (2**16, 3)])
+def test_functions_are_those_of_torch_behind_whole_vectors(
+    function: nn.Module, dtype: torch.dtype, numbers: int, threads: int
+):
+    """Where torch computes one number after another: some functions give others then."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        last = -(-len(every) // numbers) - 1
+        pieces = [every.roll(-turn * numbers - shift)[:numbers] for turn in range(last + 1) for shift in (0, 1)]
+        recording = check(function, pieces)
+    finally:
+        torch.set_num_threads(before)
+    assert recording.calls == 1
 
 
 @needs_library
