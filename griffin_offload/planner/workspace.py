@@ -137,10 +137,11 @@ def _replays_bytes(shape: ModelSizes, request: PlanRequest, use: Workload, count
     """Of recorded decode steps, of as many sequences as there may be, and of fewer."""
     found = 0
     for rows in range(max(request.sequences - request.replays, 0) + 1, request.sequences + 1):
-        step = workspace_bytes(shape, request, replace(use, batch=rows), 1, use.ctx_tokens, counts)
+        step = workspace_bytes(shape, request, replace(use, batch=rows, together=1), 1, use.ctx_tokens, counts)
         found += recorded_bytes(step - shape.scratch_bytes + rows * shape.vocab_size * shape.item_bytes)
-    widest = request.sequences * max(shape.width, shape.attention_width)
-    return found + tables_bytes(widest) if found else 0
+    whole = max(format.neuron_multiple for format in shape.levels)
+    widest = max(-(-shape.width // whole) * whole, shape.attention_width)
+    return found + tables_bytes(request.sequences * widest) if found else 0
 
 
 def statistics_bytes(

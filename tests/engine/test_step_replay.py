@@ -2,15 +2,17 @@
 
 import gc
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from loaded_model import load
 from marks import by_turns, mostly_slow
-from tiny_models import ARCHITECTURES, FURTHER, MIXTURES, VOCAB
+from tiny_models import ARCHITECTURES, FURTHER, MIXTURES, VOCAB, write_tokenizer
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from griffin_offload import GriffinModel
 from griffin_offload.engine.step_replay import StepReplays
@@ -316,3 +318,30 @@ def test_memory_is_as_planned(checkpoints, name: str, quantize: str):
         kept = [report.replays.kept_bytes for report in reports]
         assert 0 < max(kept) <= model.plan.parts["graphs"]
         assert all(report.peak_device_bytes <= model.plan.budget_bytes for report in reports)
+
+
+@pytest.mark.skipif(library() is None, reason="the kernels are not compiled")
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_memory_of_tables_is_as_planned(tmp_path: Path, quantize: str):
+    """Of four sequences: 1,024 neurons each are looked up, as are those of int8 that are filled up to them."""
+    planned, kept = list[int](), list[int]()
+    for neurons in (960, 961, 1024):
+        config = LlamaConfig(
+            **{"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "eos_token_id": None},
+            **{"vocab_size": VOCAB, "intermediate_size": neurons},
+        )
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+        write_tokenizer(tmp_path)
+        with load(tmp_path, density=1.0, quantize=quantize, sequences=4) as model:
+            asked = [(prompt(9, seed), GREEDY) for seed in range(4)]
+            reports = [answer.report for answer in model.generate_many(asked)]
+            planned.append(model.plan.parts["graphs"])
+            kept.append(max(report.replays.kept_bytes for report in reports))
+    table, filled = 2**16 * 2, quantize == "int8"
+    assert [own - kept[0] >= table for own in kept] == [False, filled, True]
+    assert [own - planned[0] >= 2 * table for own in planned] == [False, filled, True]
+    rows, activations = (
+        1 + 2 + 3 + 4,
+        4 * (1024 - 960) * 2,
+    )  # of all steps; bytes of one row, whose statistic takes more
+    assert filled or planned[2] - planned[0] - 2 * table < 6 * rows * activations
