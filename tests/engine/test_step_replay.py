@@ -343,5 +343,5 @@ def test_memory_of_tables_is_as_planned(tmp_path: Path, quantize: str):
     rows, activations = (
         1 + 2 + 3 + 4,
         4 * (1024 - 960) * 2,
-    )  # of all steps; bytes of one row, whose statistic takes more
+    )  # of all steps; bytes of one row
     assert filled or planned[2] - planned[0] - 2 * table < 6 * rows * activations
