@@ -34,7 +34,8 @@ def load_ours(args: argparse.Namespace) -> protocol.Loaded:
         options |= {"exact": True, "draft_tokens": args.draft_tokens}
     model = GriffinModel.from_pretrained(args.dir, device="cpu", offload="disk", **sizes, **options)
     # Of the residents, without an embedding among them, of which a token needs one row.
-    return generating(model), {"token_bytes": model.plan.decoded_bytes}
+    planned = f"{model.plan.precision}, density {model.plan.density:.2f}"
+    return generating(model), {"token_bytes": model.plan.decoded_bytes, "planned": planned}
 
 
 def load_mmap(args: argparse.Namespace) -> protocol.Loaded:
@@ -64,7 +65,7 @@ def main() -> int:
     parser = protocol.new_parser(description=__doc__.splitlines()[0])
     parser.add_argument("side", choices=LOADERS)
     parser.add_argument("--budget", type=int, help="bytes")
-    parser.add_argument("--density", type=float)
+    parser.add_argument("--density", type=lambda said: said if said == "auto" else float(said))
     parser.add_argument("--quantize")
     parser.add_argument("--exact", action="store_true")
     parser.add_argument("--acceptance", type=float, help="simulated; the full model decides when not given")

@@ -9,6 +9,7 @@ from sides import BENCHMARKS, Side
 
 LLAMA, MAPPED = "llama-", "-mapped"
 OURS = {
+    "ours": ("unasked", "auto"),
     "ours-16bit": ("16 bit", "none"),
     "ours-int8": ("int8", "int8"),
     "ours-int4": ("int4", "int4"),
@@ -53,7 +54,7 @@ def gguf_type(key: str) -> str:
 def copy_of(key: str) -> str:
     """What must be made before this side can run: '16bit' is the checkpoint itself."""
     if key in OURS:
-        return {"none": "16bit"}.get(OURS[key][1], OURS[key][1])
+        return {"none": "16bit", "auto": "16bit"}.get(OURS[key][1], OURS[key][1])
     if key == "airllm":
         return "split"
     return "16bit" if key in FULL else f"gguf-{gguf_type(key)}"
@@ -68,8 +69,9 @@ def environment_of(key: str) -> str | None:
 
 def our_side(key: str, settings: Settings, new_tokens: int) -> Side:
     title, precision = OURS[key]
-    options = ["--budget", str(settings.budget_bytes), "--density", str(settings.density), "--quantize", precision]
-    name = f"griffin-offload, {title}, density {settings.density:g}"
+    density = "auto" if precision == "auto" else f"{settings.density:g}"
+    options = ["--budget", str(settings.budget_bytes), "--density", density, "--quantize", precision]
+    name = f"griffin-offload, {title}" + ("" if precision == "auto" else f", density {density}")
     if key == "ours-exact":
         options += ["--exact"]
         if settings.acceptance is not None:

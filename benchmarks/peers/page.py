@@ -113,8 +113,9 @@ class Page:
         stored_bytes = self.content["copies"][run["copy"]]["stored_bytes"]
         tokens = len(figures["tokens"])
         read_bytes = figures["load"]["read_bytes"] + figures["prefill"]["read_bytes"]
+        planned = f" ({figures['planned']})" if run["name"].endswith("unasked") else ""
         return [
-            run["name"],
+            run["name"] + planned,
             gigabytes(stored_bytes),
             seconds(first_s(run)),
             seconds(pace_s(run)),
