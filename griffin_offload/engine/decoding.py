@@ -32,10 +32,11 @@ class PreparedAnswer:
         logits_processor: Any,
         stopping_criteria: Any,
         generation_config: Any,
+        streamer: Any = None,
         **model_kwargs: Any,
     ) -> Tensor:
         self.ids, self.processor, self.criteria = input_ids, logits_processor, stopping_criteria
-        self.config, self.kwargs = generation_config, model_kwargs
+        self.config, self.streamer, self.kwargs = generation_config, streamer, model_kwargs
         return input_ids
 
 
@@ -73,6 +74,7 @@ class DecodingSequence:
         assert run.context is not None, "a sequence of its own"
         self._engine, self.run, self.context = engine, run, run.context
         self._processor, self._criteria, self._config = ready.processor, ready.criteria, ready.config
+        self._streamer = ready.streamer
         self.ids, self._kwargs, self._prompt_tokens = ready.ids, ready.kwargs, ready.ids.shape[1]
         self._random = seed if isinstance(seed, torch.Generator) else _generator(seed, self.ids.device)
         self._started = time.perf_counter()
@@ -136,7 +138,11 @@ class DecodingSequence:
         self._kwargs = self._engine.loaded.model._update_model_kwargs_for_generation({}, self._kwargs)
         if self._shares:
             self._shares[-1].tokens += 1
+        if self._streamer is not None:
+            self._streamer.put(token[0].cpu())
         self.done = bool(self._criteria(self.ids, None).all())
+        if self.done and self._streamer is not None:
+            self._streamer.end()
 
     def close(self) -> None:
         """Nothing more is asked of what computes beside it."""
