@@ -25,6 +25,9 @@ class NextPass(HasToWait):
 class PreparedAnswer:
     """What transformers' `generate` makes of its arguments, given as its `custom_generate`: nothing is generated."""
 
+    def __init__(self, streamer: Any) -> None:
+        self.streamer = streamer  # which `generate` gives the prompt, and what it calls nothing
+
     def __call__(
         self,
         model: StockModel,
@@ -32,11 +35,10 @@ class PreparedAnswer:
         logits_processor: Any,
         stopping_criteria: Any,
         generation_config: Any,
-        streamer: Any = None,
         **model_kwargs: Any,
     ) -> Tensor:
         self.ids, self.processor, self.criteria = input_ids, logits_processor, stopping_criteria
-        self.config, self.streamer, self.kwargs = generation_config, streamer, model_kwargs
+        self.config, self.kwargs = generation_config, model_kwargs
         return input_ids
 
 
