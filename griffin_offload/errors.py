@@ -19,6 +19,7 @@ Messages are one line: what was found, the numbers, and the remedy after a colon
 """
 
 import errno
+from pathlib import Path
 
 # Of a line on a terminal: enough for the longest of ours with two paths in it.
 _MOST_LETTERS = 1500
@@ -131,6 +132,50 @@ def limit_reached(error: BaseException) -> str | None:
     if any(words in said for words in _THREADS):
         return "no more threads can be started (ulimit -u, or the container's limit on processes): raise it"
     return None
+
+
+# What to do about a file that cannot be used, by the number that the system gives.
+_CHECK, _SHORTER, _ROOM, _ELSEWHERE = "check the name", "give a shorter one", "make room there", "name another place"
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ELOOP), _CHECK),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), f"{_ROOM}, or {_ELSEWHERE}"),
+    **{errno.ENAMETOOLONG: _SHORTER, errno.EISDIR: "name a file", errno.EROFS: _ELSEWHERE},
+}
+
+
+def unreadable(path: Path, error: Exception) -> str:
+    """Why the system does not let a file be read, and the remedy, in one line."""
+    return f"{path} cannot be read: {why_unusable(path, error)}"
+
+
+def unwritable(path: Path, error: Exception) -> str:
+    """The same of one that is to be written."""
+    return f"{path} cannot be written: {why_unusable(path, error, 'write to')}"
+
+
+def why_unusable(path: Path, error: Exception, use: str = "read") -> str:
+    """The reason and the remedy alone. Others than OSErrors are of names that cannot be one, or of what files hold."""
+    if not isinstance(error, OSError):
+        return one_line(error)
+    reason = limit_reached(error) or error.strerror or one_line(error)
+    if isinstance(error, PermissionError):
+        return f"{reason} {_forbidden(path, use)} (chmod, or chown)"
+    remedy = _REMEDIES.get(error.errno or 0)
+    return reason if remedy is None else f"{reason}: {remedy}"
+
+
+def _forbidden(path: Path, use: str) -> str:
+    """Whose mode keeps this user out: the file's, or that of a directory on the way to it."""
+    for place in (path, *path.absolute().parents):
+        try:
+            mode = place.stat().st_mode & 0o7777
+        except PermissionError:
+            use = "enter"
+        except OSError:
+            continue
+        else:
+            return f"{'' if place == path else f'in {place} '}(mode {mode:o}): let this user {use} it"
+    return f"(mode unknown): let this user {use} it"
 
 
 def memory_refused(error: BaseException) -> bool:

@@ -73,6 +73,9 @@ REPORTED: dict[str, Kind] = {
             config.json | model.safetensors.index.json | tokenizer.json | generation_config.json]
         checkpoint/test_unreadable_files.py::test_directories_of_another_user[closed | not listed | not entered]
         checkpoint/test_unreadable_files.py::test_a_shard_that_could_not_be_opened_is_not_called_damaged
+        cli/test_places.py::test_places_that_nothing_can_be_read_from[
+            prompt | schema | saved | adapter | model | models | config | key | requests | text | rows | prompts]
+        cli/test_places.py::test_places_that_nothing_can_be_written_to[answers | copy | export | pictures]
         """,
     ),
     "a terminal without Unicode": (

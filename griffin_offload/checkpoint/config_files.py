@@ -20,8 +20,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from griffin_offload.checkpoint.files import check_content, unreadable
-from griffin_offload.errors import CheckpointError, UnsupportedModel, one_line
+from griffin_offload.checkpoint.files import check_content
+from griffin_offload.errors import CheckpointError, UnsupportedModel, one_line, unreadable
 from griffin_offload.transformers_api import StockModel
 from griffin_offload.units import format_bytes
 
@@ -37,7 +37,9 @@ def read_object(path: Path, most_bytes: int) -> dict[str, Any]:
         if len(content) > most_bytes:
             raise CheckpointError(f"{path} is larger than {format_bytes(most_bytes)}: no such file needs to be")
         found = json.loads(content)
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(unreadable(path, error)) from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {one_line(error)}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} cannot be read: it holds a {type(found).__name__}, not an object")

@@ -7,6 +7,7 @@ import codecs
 import contextlib
 import ctypes
 import os
+import stat
 import struct
 import sys
 import threading
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from griffin_offload.errors import CheckpointChanged, CheckpointError, UsageError, limit_reached
+from griffin_offload.errors import CheckpointChanged, CheckpointError, UsageError, unreadable
 
 try:
     import fcntl
@@ -46,21 +47,6 @@ def check_content(path: Path) -> None:
         raise CheckpointError(f"{path} is a pointer of git-lfs and not the file: run git lfs pull, or download it")
 
 
-def unreadable(path: Path, error: OSError) -> str:
-    """Why the system does not let a file be read, in one line."""
-    reason = limit_reached(error) or error.strerror or str(error)
-    if isinstance(error, PermissionError):
-        reason += f" (mode {_mode(path)}): let this user read it (chmod, or chown)"
-    return f"{path} cannot be read: {reason}"
-
-
-def _mode(path: Path) -> str:
-    try:
-        return f"{path.stat().st_mode & 0o7777:o}"
-    except OSError:
-        return "unknown"
-
-
 @contextlib.contextmanager
 def renamed(path: Path) -> Iterator[Path]:
     """A temporary name that becomes `path` when the block ends well, on the disk and not only in the cache."""
@@ -71,8 +57,11 @@ def renamed(path: Path) -> Iterator[Path]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # of the same reason
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # a full disk names none, others the temporary one
+            error.filename = str(path)
         raise
 
 
@@ -124,10 +113,18 @@ _MARKS = (
 )
 
 
+_MOST_PIPED = 2**28
+
+
 def read_text(path: Path) -> str:
     """The text in a file, line ends made "\\n" and without its byte order mark, which would become tokens. Raises
-    OSError, and ValueError where it is no text."""
-    return decoded(path.read_bytes())
+    OSError, and ValueError where it is no text, or a device that gives more and more."""
+    with path.open("rb") as file:
+        regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+        content = file.read(-1 if regular else _MOST_PIPED + 1)
+    if not regular and len(content) > _MOST_PIPED:
+        raise ValueError(f"it is no file, and gives more than {_MOST_PIPED} bytes: name a file")
+    return decoded(content)
 
 
 def decoded(content: bytes, otherwise: str = "utf-8") -> str:

@@ -19,7 +19,7 @@ from griffin_offload.errors import CheckpointError, UnsupportedModel
 
 # Layers of the models that divide by another size than their heads', as llama.cpp tells them: Gemma's with 27B.
 _GEMMA_27B = {"gemma2": 46, "gemma3": 62}
-_GEMMA3_PATTERN, _GEMMA3_LOCAL_THETA = 6, 10_000.0
+_GEMMA2_WINDOW, _GEMMA3_PATTERN, _GEMMA3_LOCAL_THETA = 4096, 6, 10_000.0
 # Every so-manyth layer of Llama 4 sees all tokens and has no positions, the others see chunks; and how many experts
 # the model has that does not norm queries and keys.
 _LLAMA4_PATTERN, _LLAMA4_CHUNK, _LLAMA4_WITHOUT_NORM = 4, 8192, 128
@@ -76,7 +76,7 @@ def _phi3(described: Described, config: dict[str, Any]) -> None:
 
 
 def _gemma2(described: Described, config: dict[str, object]) -> None:
-    _window(described, config)
+    config["sliding_window"] = described.positive("attention.sliding_window", _GEMMA2_WINDOW)
     config["attn_logit_softcapping"] = described.number("attn_logit_softcapping", 50.0)
     config["final_logit_softcapping"] = described.number("final_logit_softcapping", 30.0)
     _query_scale(described, config)
@@ -87,8 +87,10 @@ def _gemma3(described: Described, config: dict[str, Any]) -> None:
     config["final_logit_softcapping"] = described.number("final_logit_softcapping", None)
     _query_scale(described, config)
     every = described.integer("attention.sliding_window_pattern", _GEMMA3_PATTERN)
+    if config["sliding_window"] is None:  # no layer has one, and transformers asks for a number all the same
+        every, config["sliding_window"] = 1, config["max_position_embeddings"]
     config["layer_types"] = _every(every, config, "sliding_attention" if every else "full_attention")
-    local = described.number("rope.freq_base_swa", _GEMMA3_LOCAL_THETA)
+    local = described.positive("rope.freq_base_swa", _GEMMA3_LOCAL_THETA)
     config["rope_parameters"] = {
         "full_attention": config["rope_parameters"],
         "sliding_attention": {"rope_type": "default", "rope_theta": float(local)},
@@ -105,6 +107,10 @@ def _stablelm(described: Described, config: dict[str, Any]) -> None:
     config["use_qkv_bias"] = described.has("blk.0.attn_q.bias")
     config["use_parallel_residual"] = not described.has("blk.0.ffn_norm.weight")
     config["qk_layernorm"] = described.has("blk.0.attn_q_norm.weight")
+    if config["head_dim"] != config["hidden_size"] // config["num_attention_heads"]:
+        raise UnsupportedModel(
+            f"{described.where} has heads of {config['head_dim']} numbers, which StableLM's cannot be"
+        )
     config["partial_rotary_factor"] = config["rope_parameters"].get("partial_rotary_factor", 1.0)
 
 
@@ -212,12 +218,12 @@ def _gemma4_rope(described: Described) -> dict[str, Any]:
     return {
         "full_attention": {
             "rope_type": "proportional",
-            "rope_theta": float(described.number("rope.freq_base")),
+            "rope_theta": float(described.positive("rope.freq_base")),
             "partial_rotary_factor": len(turning) / len(factors or [1.0]),
         },
         "sliding_attention": {
             "rope_type": "default",
-            "rope_theta": float(described.number("rope.freq_base_swa", _GEMMA3_LOCAL_THETA)),
+            "rope_theta": float(described.positive("rope.freq_base_swa", _GEMMA3_LOCAL_THETA)),
         },
     }
 
@@ -313,6 +319,7 @@ _QWEN3_5: dict[str, Any] = {
     "renamed": {"linear_attn.dt_bias": "linear_attn.dt_proj.bias"},
     "logs": ("ssm_a",),
     "written": False,
+    "turns_parts": True,
 }
 _CORRECTION = {"mlp.e_score_correction_bias": "mlp.e_score_correction.bias"}
 _LLAMA_ROWS = {"attn_q": pairs_apart("num_attention_heads"), "attn_k": pairs_apart("num_key_value_heads")}
@@ -323,13 +330,13 @@ ARCHITECTURES = {
     "llama": Architecture("llama", "llama", _biases, rows=_LLAMA_ROWS),
     "qwen2": Architecture("qwen2", "qwen2"),
     "qwen3": Architecture("qwen3", "qwen3", _qwen3),
-    "phi3": Architecture("phi3", "phi3", _phi3),
+    "phi3": Architecture("phi3", "phi3", _phi3, turns_parts=True),
     "gemma": Architecture("gemma", "gemma", norms_minus_one=True),
     "gemma2": Architecture("gemma2", "gemma2", _gemma2, norms_minus_one=True),
     "gemma3": Architecture("gemma3_text", "gemma3", _gemma3, norms_minus_one=True),
-    "stablelm": Architecture("stablelm", "stablelm", _stablelm, "layer_norm_eps"),
+    "stablelm": Architecture("stablelm", "stablelm", _stablelm, "layer_norm_eps", turns_parts=True),
     "starcoder2": Architecture("starcoder2", "starcoder2", _starcoder2, "norm_epsilon"),
-    "nemotron": Architecture("nemotron", "nemotron", _nemotron, "norm_eps", norms_minus_one=True),
+    "nemotron": Architecture("nemotron", "nemotron", _nemotron, "norm_eps", norms_minus_one=True, turns_parts=True),
     "falcon": Architecture("falcon", "falcon", _falcon, "layer_norm_epsilon", {"attn_qkv": QKV_ROWS}),
     "gpt2": Architecture("gpt2", "gpt2", _gpt2, "layer_norm_epsilon", transposed=_CONV1D, rotary=False),
     "bloom": Architecture("bloom", "bloom", _bloom, "layer_norm_epsilon", {"attn_qkv": QKV_ROWS}, rotary=False),
@@ -345,7 +352,9 @@ MIXTURES: Mapping[str, Architecture] = {
     "qwen2moe": Architecture("qwen2_moe", "qwen2moe", _qwen2_moe),
     "qwen3moe": Architecture("qwen3_moe", "qwen3moe", _qwen3_moe),
     "qwen35moe": Architecture("qwen3_5_moe_text", "qwen35moe", _qwen3_5_moe, **_QWEN3_5),
-    "minimax-m2": Architecture("minimax_m2", "minimax-m2", _minimax_m2, renamed=_CORRECTION, written=False),
+    "minimax-m2": Architecture(
+        "minimax_m2", "minimax-m2", _minimax_m2, renamed=_CORRECTION, written=False, turns_parts=True
+    ),
     "gpt-oss": Architecture("gpt_oss", "gpt-oss", _gpt_oss),
     "llama4": Architecture("llama4_text", "llama4", _llama4, written=False),
 }

@@ -82,6 +82,13 @@ class Described:
     def number(self, key: str, default: object = _MISSING) -> Any:
         return self.get(key, (int, float), default)
 
+    def positive(self, key: str, default: object = _MISSING) -> Any:
+        """A number that nothing can be computed with unless it is above 0."""
+        found = self.number(key, default)
+        if found is not None and found <= 0:
+            raise CheckpointError(f"{self.where} says {self.architecture}.{key} is {found}: it has to be above 0")
+        return found
+
     @property
     def drafting_layers(self) -> int:
         """Layers behind the model's that predict further tokens: llama.cpp's drafts, of which transformers has none."""
@@ -146,6 +153,8 @@ class Architecture:
     transposed: tuple[str, ...] = ()
     """Ends of names in transformers, of matrices that lie there [inputs, outputs]."""
     rotary: bool = True
+    turns_parts: bool = False
+    """transformers' class can leave numbers behind the first of a head as they are."""
     layers_differ: bool = False
     """In heads of keys and values, and in neurons, which files have an array of: `extend` says what each has."""
     written: bool = True
@@ -165,7 +174,7 @@ def common_config(described: Described, architecture: Architecture) -> dict[str,
     hidden, heads = described.integer("embedding_length"), described.integer("attention.head_count")
     if heads < 1 or hidden < 1:
         raise CheckpointError(f"{described.where} says that it has {heads} heads of a hidden size of {hidden}")
-    eps = described.number("attention.layer_norm_rms_epsilon", None)
+    eps = described.positive("attention.layer_norm_rms_epsilon", None)
     config = {
         "model_type": architecture.model_type,
         "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[architecture.model_type]],
@@ -177,11 +186,11 @@ def common_config(described: Described, architecture: Architecture) -> dict[str,
         "num_key_value_heads": _kv_heads(described, architecture, heads),
         "head_dim": described.integer("attention.key_length", hidden // heads),
         "max_position_embeddings": described.integer("context_length"),
-        architecture.norm_eps: described.number("attention.layer_norm_epsilon", 1e-5) if eps is None else eps,
+        architecture.norm_eps: described.positive("attention.layer_norm_epsilon", 1e-5) if eps is None else eps,
         "tie_word_embeddings": not described.has("output.weight"),
     }
     config |= {f"{name}_token_id": _token(described, key) for name, key in _TOKENS.items()}
-    return config | ({"rope_parameters": _rope(described, config)} if architecture.rotary else {})
+    return config | ({"rope_parameters": _rope(described, architecture, config)} if architecture.rotary else {})
 
 
 def _neurons(described: Described, architecture: Architecture) -> Any:
@@ -215,18 +224,25 @@ def _token(described: Described, name: str) -> int | None:
     return found if isinstance(found, int) and found < 2**31 else None
 
 
-def _rope(described: Described, config: dict[str, object]) -> dict[str, Any]:
+def _rope(described: Described, architecture: Architecture, config: dict[str, Any]) -> dict[str, Any]:
     """transformers' rope_parameters: base, scaling, and factors of single frequencies."""
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(described.number("rope.freq_base", 10_000.0))}
-    turned = described.integer("rope.dimension_count", config["head_dim"])
-    if turned < config["head_dim"]:
-        rope["partial_rotary_factor"] = turned / config["head_dim"]
+    base, size = described.positive("rope.freq_base", 10_000.0), config["head_dim"]
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(base)}
+    turned = described.integer("rope.dimension_count", size)
+    if turned < size:
+        key = f"{described.architecture}.rope.dimension_count"
+        said = f"{described.where} turns {turned} of the {size} numbers of a head ({key})"
+        if turned < 1 or turned % 2:
+            raise CheckpointError(f"{said}: they are turned in pairs, download or convert it again")
+        if not architecture.turns_parts:
+            raise UnsupportedModel(f"{said}, transformers' {architecture.model_type} turns all of them")
+        rope["partial_rotary_factor"] = turned / size
     return rope | _scaling(described, config)
 
 
 def _scaling(described: Described, config: dict[str, Any]) -> dict[str, Any]:
     kind = described.get("rope.scaling.type", str, "none")
-    factor = described.number("rope.scaling.factor", described.number("rope.scale_linear", 1.0))
+    factor = described.positive("rope.scaling.factor", described.positive("rope.scale_linear", 1.0))
     trained = described.integer("rope.scaling.original_context_length", None)
     attention = described.number("rope.scaling.attn_factor", None)
     single, long, short = (described.factors(name) for name in ROPE_TENSORS)

@@ -18,13 +18,13 @@ from griffin_offload.checkpoint.adapter import with_adapter
 from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
 from griffin_offload.checkpoint.config_files import is_there, load_config
 from griffin_offload.checkpoint.converted import ConvertedCheckpoint, mark_of, open_converted
-from griffin_offload.checkpoint.files import check_name, unreadable
+from griffin_offload.checkpoint.files import check_name
 from griffin_offload.checkpoint.gguf import open_gguf
 from griffin_offload.checkpoint.hub import fetch, is_hub_id
 from griffin_offload.checkpoint.quantised import open_quantised, read_quantised_config
 from griffin_offload.checkpoint.renaming import names_left_out
 from griffin_offload.checkpoint.safetensors import SafetensorsCheckpoint, open_safetensors
-from griffin_offload.errors import CheckpointError, ModelNotFound, UsageError
+from griffin_offload.errors import CheckpointError, ModelNotFound, UsageError, unreadable, why_unusable
 from griffin_offload.formats import get
 from griffin_offload.formats.translated import on_grids
 from griffin_offload.transformers_api import StockModel
@@ -111,7 +111,7 @@ def locate(model: str | Path, remedy: str = _WHAT_IS_A_MODEL, *, offline: bool =
     try:
         there = path.exists()
     except OSError as error:  # a folder on the way may not be entered, or a prompt stands in the name's place
-        raise ModelNotFound(f"{model[:80]!r} cannot be looked at: {error.strerror}") from error
+        raise ModelNotFound(f"{model[:80]!r} cannot be looked at: {why_unusable(path, error)}") from error
     if there:
         if hub.get("revision") not in (None, "main"):  # a token and a cache are for what has to be fetched
             raise UsageError(

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -72,7 +73,7 @@ def batch(arguments: argparse.Namespace) -> int:
     model = model_of(arguments)
     name = arguments.served_name or (SERVED_NAME if arguments.model is None else served_name(model))
     check_model(lines, name)
-    if arguments.output.exists() and arguments.output.samefile(arguments.input):
+    if os.path.exists(arguments.output) and arguments.output.samefile(arguments.input):
         raise UsageError(f"{arguments.output} is the file of requests: give another OUTPUT")
     with AnswerFile(arguments.output) as answers:
         before, start = len(answers.answered), time.monotonic()

@@ -7,10 +7,19 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 from griffin_offload import __version__
-from griffin_offload.errors import GriffinError, OutOfMemory, UsageError, as_line, limit_reached, memory_refused
+from griffin_offload.errors import (
+    GriffinError,
+    OutOfMemory,
+    UsageError,
+    as_line,
+    limit_reached,
+    memory_refused,
+    why_unusable,
+)
 
 _INTERRUPTED = 130
 COMMANDS = ("run", "chat", "serve", "batch", "models", "pull", "plan", "convert", "export", "bench", "eval", "inspect")
@@ -96,6 +105,14 @@ def _print_any_letter() -> None:
         reconfigure(errors="backslashreplace")
 
 
+def _said(error: Exception) -> str:
+    """Of the machine's troubles: what could not be used, why, and what to do."""
+    if isinstance(error, OSError) and isinstance(error.filename, (str, bytes)):
+        path = Path(os.fsdecode(error.filename))
+        return as_line(GriffinError(f"{path} cannot be used: {why_unusable(path, error, 'use')}"))
+    return f"{type(error).__name__}: {as_line(error)}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 runtime, 2 usage, 3 does not fit, 4 model, 130 Ctrl-C."""
     _print_any_letter()
@@ -126,5 +143,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return GriffinError.exit_code
         if isinstance(error, RuntimeError) and not memory_refused(error):
             raise  # a bug of ours
-        print(f"griffin-offload: error: {type(error).__name__}: {as_line(error)}", file=sys.stderr)
+        print(f"griffin-offload: error: {_said(error)}", file=sys.stderr)
         return OutOfMemory.exit_code if memory_refused(error) else GriffinError.exit_code

@@ -10,7 +10,7 @@ from typing import Any
 from griffin_offload.cli.options import Commands, add_memory_options, heavy_imports, quiet_libraries
 from griffin_offload.cli.pull import size_of
 from griffin_offload.config import LoadConfig
-from griffin_offload.errors import CheckpointError, GriffinError, ModelNotFound, as_line
+from griffin_offload.errors import CheckpointError, GriffinError, ModelNotFound, as_line, unreadable
 from griffin_offload.units import format_bytes
 
 
@@ -77,7 +77,6 @@ def _in_cache() -> Iterator[tuple[str, Path]]:
 
 
 def _in_directories(directories: list[Path]) -> Iterator[tuple[str, Path]]:
-    from griffin_offload.checkpoint.files import unreadable
 
     for directory in directories:
         try:
@@ -86,7 +85,7 @@ def _in_directories(directories: list[Path]) -> Iterator[tuple[str, Path]]:
             raise ModelNotFound(f"{directory} is a file: give a directory that holds models") from error
         except FileNotFoundError as error:
             raise ModelNotFound(f"no directory {directory}: check the name, or leave it out to look here") from error
-        except PermissionError as error:
+        except OSError as error:
             raise CheckpointError(unreadable(directory, error)) from error
         yield from ((str(path), path) for path in _models_of(directory))
         for place in inside:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from griffin_offload.cli.options import check_utf8, thinking_flag
 from griffin_offload.demo import PROMPT
-from griffin_offload.errors import SavedContextError, UsageError
+from griffin_offload.errors import SavedContextError, UsageError, unreadable, why_unusable
 from griffin_offload.serving.text_stream import Detokeniser, StopHolder
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def prompt_text(arguments: argparse.Namespace) -> str:
 
             text: str = read_text(arguments.prompt_file)
         except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
-            why = getattr(error, "strerror", None) or error  # without the name, once more
+            why = why_unusable(arguments.prompt_file, error)
             raise UsageError(f"cannot read the prompt from {arguments.prompt_file}: {why}") from error
     elif arguments.prompt == "-":
         text = _standard_input()
@@ -110,12 +110,18 @@ class PromptCache:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._there = path.is_file()
         self._error: SavedContextError | None = None
-        if (path.exists() and not self._there) or not path.parent.is_dir():
-            raise SavedContextError(f"--prompt-cache {path} names no file in a directory that is there")
-        if not self._there and not os.access(path.parent, os.W_OK):
-            raise SavedContextError(f"--prompt-cache {path} cannot be written: {path.parent} is read-only")
+        try:
+            self._there = path.is_file()
+            absent = not path.exists()
+        except OSError as error:  # a directory on the way may not be entered, or the name is too long
+            raise SavedContextError(f"--prompt-cache {unreadable(path, error)}") from error
+        if not (self._there or absent) or not path.parent.is_dir():
+            raise SavedContextError(f"--prompt-cache {path} names no file in a directory that is there: check the name")
+        if absent and not os.access(path.parent, os.W_OK):
+            raise SavedContextError(
+                f"--prompt-cache {path} cannot be written: {path.parent} is read-only for this user: name another place"
+            )
 
     def adopt(self, options: dict[str, object], checkpoint: "Checkpoint") -> None:
         """Let a file that is there say what the plan would have solved: `options` are `LoadConfig`'s."""

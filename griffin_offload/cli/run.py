@@ -23,7 +23,7 @@ from griffin_offload.cli.plan import plan_lines
 from griffin_offload.cli.progress import Bar
 from griffin_offload.cli.prompt import PromptCache, is_demos, prompt_text, tokenize
 from griffin_offload.config import LoadConfig, RunConfig
-from griffin_offload.errors import UsageError
+from griffin_offload.errors import UsageError, unreadable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,12 +123,13 @@ def _structure(file: Path | None) -> "Structure | None":
     if file is None:
         return None
     with heavy_imports():
+        from griffin_offload.checkpoint.files import read_text
         from griffin_offload.engine.structure import Structure
 
     try:
-        return Structure(json_schema=file.read_text(encoding="utf-8-sig"))
+        return Structure(json_schema=read_text(file))
     except (OSError, ValueError) as error:
-        raise UsageError(f"--json-schema {file} cannot be read: {error}") from error
+        raise UsageError(f"--json-schema {unreadable(file, error)}") from error
     except UsageError as error:
         raise UsageError(f"--json-schema {file}: {error}") from error
 

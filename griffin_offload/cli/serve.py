@@ -24,7 +24,7 @@ from griffin_offload.cli.options import (
 from griffin_offload.cli.plan import plan_lines
 from griffin_offload.config import MOST_TOGETHER, LoadConfig, ServeConfig
 from griffin_offload.demo import SERVED_NAME
-from griffin_offload.errors import UsageError
+from griffin_offload.errors import UsageError, why_unusable
 from griffin_offload.units import format_bytes, parse_seconds, parse_size
 
 if TYPE_CHECKING:
@@ -168,7 +168,8 @@ def _api_key(file: Path | None) -> str | None:
                 _warn_of_readers(os.fstat(opened.fileno()).st_mode)
             return key
         except (OSError, ValueError) as error:
-            raise UsageError(f"cannot read --api-key-file: {type(error).__name__}") from error
+            reason = "it is not UTF-8" if isinstance(error, UnicodeError) else why_unusable(file, error)  # and no key
+            raise UsageError(f"cannot read --api-key-file {file}: {reason}") from error
     found = os.environ.get(KEY_VARIABLE)
     return check_key(found, KEY_VARIABLE) if found is not None else None
 

@@ -25,6 +25,9 @@ class NextPass(HasToWait):
 class PreparedAnswer:
     """What transformers' `generate` makes of its arguments, given as its `custom_generate`: nothing is generated."""
 
+    def __init__(self, streamer: Any) -> None:
+        self.streamer = streamer  # which `generate` gives the prompt, and what it calls nothing
+
     def __call__(
         self,
         model: StockModel,
@@ -73,6 +76,7 @@ class DecodingSequence:
         assert run.context is not None, "a sequence of its own"
         self._engine, self.run, self.context = engine, run, run.context
         self._processor, self._criteria, self._config = ready.processor, ready.criteria, ready.config
+        self._streamer = ready.streamer
         self.ids, self._kwargs, self._prompt_tokens = ready.ids, ready.kwargs, ready.ids.shape[1]
         self._random = seed if isinstance(seed, torch.Generator) else _generator(seed, self.ids.device)
         self._started = time.perf_counter()
@@ -136,7 +140,11 @@ class DecodingSequence:
         self._kwargs = self._engine.loaded.model._update_model_kwargs_for_generation({}, self._kwargs)
         if self._shares:
             self._shares[-1].tokens += 1
+        if self._streamer is not None:
+            self._streamer.put(token[0].cpu())
         self.done = bool(self._criteria(self.ids, None).all())
+        if self.done and self._streamer is not None:
+            self._streamer.end()
 
     def close(self) -> None:
         """Nothing more is asked of what computes beside it."""

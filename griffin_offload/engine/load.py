@@ -32,7 +32,7 @@ from griffin_offload.engine.residents import (
     resident_bytes,
 )
 from griffin_offload.engine.spec import ModelSpec, evicts
-from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, memory_refused, one_line
+from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, memory_refused, unreadable
 from griffin_offload.formats.linear import swap_head
 from griffin_offload.kernels.by_blocks import Scratch
 from griffin_offload.kernels.library import HALVES
@@ -82,7 +82,7 @@ def _unchanged(checkpoint: Checkpoint) -> Iterator[None]:
     except OSError as error:
         if memory_refused(error):
             raise
-        raise GriffinError(f"{checkpoint.directory} cannot be read: {one_line(error)}") from error
+        raise GriffinError(unreadable(checkpoint.directory, error)) from error
 
 
 def _load(

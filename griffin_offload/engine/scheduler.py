@@ -195,7 +195,7 @@ class SequenceScheduler:
     def _checked(
         self, prompt: Tensor, context: Context, arguments: dict[str, object]
     ) -> tuple[GenerationState, PreparedAnswer]:
-        engine, ready = self._engine, PreparedAnswer()
+        engine, ready = self._engine, PreparedAnswer(arguments.get("streamer"))
         prompt = checked_prompt(prompt, engine.shape.vocab_size).to(engine.model_spec.device)
         refresh = engine.loaded.layers.config.refresh
         mode = GenerationMode(refresh="never" if refresh == "never" else "turn", lookup=False)

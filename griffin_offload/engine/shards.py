@@ -31,7 +31,7 @@ from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.checkpoint.safetensors import INDEX, METADATA_KEY, UNFINISHED, said_untied
 from griffin_offload.devices.memory import OutOfMemoryAsError
 from griffin_offload.engine.calibration import Inputs
-from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, one_line
+from griffin_offload.errors import CheckpointError, DoesNotFit, GriffinError, UsageError, one_line, why_unusable
 from griffin_offload.formats import SMALL_MATRICES, Format, get
 from griffin_offload.formats.base import Tensors
 from griffin_offload.formats.compensation import Compensation, has_huge_token
@@ -88,7 +88,8 @@ class CopyDirectory:
             with OutOfMemoryAsError(doing, f"close other programs; {remedy}"):
                 yield
         except (OSError, SafetensorError) as error:
-            raise GriffinError(f"{self.path} cannot be written ({one_line(error)}); {remedy}") from error
+            reason, more = why_unusable(self.path, error, "write to"), f"; {remedy}" * os.path.isdir(self.path)
+            raise GriffinError(f"{self.path} cannot be written ({reason}){more}") from error
 
     def _finished(self) -> list[Path]:
         """What the same copy finished before it was interrupted, its halves deleted."""
@@ -112,13 +113,13 @@ class CopyDirectory:
 
     def check(self, nbytes: int) -> None:
         """Before anything is written: `check_place`, UsageError where it cannot be, and DoesNotFit as `begin`."""
-        check_place(self.path)
-        there = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
         try:
+            check_place(self.path)
+            there = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
             with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=there):
                 self._check_room(nbytes, there)
         except OSError as error:
-            raise UsageError(f"{self.path} cannot be written: {one_line(error)}") from error
+            raise UsageError(f"{self.path} cannot be written: {why_unusable(self.path, error, 'write to')}") from error
 
     def begin(self, nbytes: int) -> None:
         """Of `nbytes` in all shards, those that are missing have to fit the disk, or DoesNotFit; from now on no command

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from griffin_offload.checkpoint.files import read_text
 from griffin_offload.engine.generation import LogitsObserver
 from griffin_offload.engine.layer_pass import Progress
 from griffin_offload.engine.model import GriffinModel
-from griffin_offload.errors import GriffinError, UsageError, one_line
+from griffin_offload.errors import GriffinError, UsageError, one_line, why_unusable
 from griffin_offload.evaluation.samples import Sample, Scores, compare, scores_of
 from griffin_offload.evaluation.simulation import Simulated, simulate
 from griffin_offload.method.variants import Variant
@@ -314,9 +315,9 @@ def points_of_rows(rows: Sequence[Row]) -> list[Point]:
 def read_points(path: Path) -> list[Point]:
     """Points of a file that `eval ppl --json` or `eval tasks --output` wrote; UsageError for any other."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(read_text(path))
     except (OSError, ValueError) as error:  # ValueError: neither UTF-8 nor JSON
-        raise UsageError(f"cannot read the rows {path}: {error}") from error
+        raise UsageError(f"cannot read the rows {path}: {why_unusable(path, error)}") from error
     try:
         points = list(_of_tasks(rows) if "results" in rows[0] else _of_perplexity(rows))
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:

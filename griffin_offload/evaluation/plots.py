@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from griffin_offload.checkpoint.files import renamed
-from griffin_offload.errors import GriffinError, UsageError
+from griffin_offload.errors import GriffinError, UsageError, why_unusable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,7 +58,7 @@ def make_directory(directory: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UsageError(f"cannot write to {directory}: {error.strerror}") from error
+        raise UsageError(f"cannot write to {directory}: {why_unusable(directory, error, 'write to')}") from error
 
 
 @contextlib.contextmanager

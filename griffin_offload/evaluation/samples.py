@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from griffin_offload.checkpoint.files import read_text
 from griffin_offload.config import WindowStart
 from griffin_offload.engine.model_interface import stock_forward
-from griffin_offload.errors import UnsupportedModel, UsageError, one_line
+from griffin_offload.errors import UnsupportedModel, UsageError, one_line, why_unusable
 from griffin_offload.transformers_api import StockModel, Tokenizer
 
 
@@ -160,7 +160,7 @@ def read_documents(path: Path) -> list[str]:
     try:
         text = read_text(path)
     except (OSError, ValueError) as error:  # ValueError: not UTF-8
-        raise UsageError(f"cannot read the text {path}: {error}") from error
+        raise UsageError(f"cannot read the text {path}: {why_unusable(path, error)}") from error
     pieces = [piece.strip() for piece in text.split(SEPARATOR)]
     return [piece for piece in pieces if piece]
 
@@ -210,9 +210,9 @@ def _even_starts(last: int, count: int) -> Iterator[int]:
 def json_lines(path: Path, *, whole: bool = False) -> Iterator[Any]:
     """The values of a jsonl file, blank lines left out; with `whole`, the file's one value where it is one."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, ValueError) as error:  # ValueError: not UTF-8
-        raise UsageError(f"cannot read {path}: {one_line(error)}") from error
+        raise UsageError(f"cannot read {path}: {why_unusable(path, error)}") from error
     if whole:
         try:
             yield json.loads(text)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from griffin_offload.engine.model import GriffinModel
-from griffin_offload.errors import GriffinError, UsageError, one_line
+from griffin_offload.errors import GriffinError, UsageError, unwritable
 from griffin_offload.evaluation.config import SummariesConfig
 from griffin_offload.evaluation.samples import json_lines
 from griffin_offload.method.variants import Variant
@@ -111,7 +111,7 @@ class Journal:
             if ours:
                 self._append(first)
         except OSError as error:
-            raise UsageError(f"cannot go on with {path}: {one_line(error)}") from error
+            raise UsageError(unwritable(path, error)) from error
         except GriffinError as error:
             raise UsageError(str(error)) from error
 
@@ -149,7 +149,7 @@ class Journal:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise GriffinError(f"cannot write {self._path}: {one_line(error)}") from error
+            raise GriffinError(unwritable(self._path, error)) from error
 
     def of(self, variant: Variant, articles: Articles) -> list[Row]:
         """Finished rows of `articles` under `variant`."""

@@ -8,6 +8,8 @@ layer at a time, so that no second copy of the KV cache is made.
 import contextlib
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from griffin_offload.blocks.states import StateTensor
 from griffin_offload.checkpoint.files import check_name, renamed
 from griffin_offload.checkpoint.safetensors import DTYPES
 from griffin_offload.config import MIXED
-from griffin_offload.errors import SavedContextError, one_line
+from griffin_offload.errors import SavedContextError, one_line, unreadable, unwritable
 from griffin_offload.formats import planned_as
 from griffin_offload.kv_cache.kv_layer import States
 from griffin_offload.kv_cache.sequence import MAX_MARKS, Context, Snapshot
@@ -130,11 +132,11 @@ def save_context(context: Context, path: Path, identity: ModelIdentity, notes: d
     }
     try:
         if path.exists() and not path.is_file():
-            raise OSError("it is no file")  # a directory, or a device that a file would take the place of
+            raise ValueError("it is no file")  # a directory, or a device that a file would take the place of
         with renamed(path) as temporary:
             write_tensors(temporary, dict(_tensors(context)), metadata)
     except (OSError, ValueError) as error:  # ValueError: a name that cannot be one
-        raise SavedContextError(f"{path} cannot be written ({one_line(error)}): choose another place") from error
+        raise SavedContextError(unwritable(path, error)) from error
 
 
 def _tensors(context: Context) -> Iterator[tuple[str, Tensor]]:
@@ -215,14 +217,26 @@ def options_of(path: Path, *, model: str) -> dict[str, Any]:
     }
 
 
+def _check_file(path: Path) -> None:
+    """SavedContextError, with the system's reason, for what cannot be opened or is no file."""
+    try:
+        with path.open("rb") as file:
+            regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+    except (FileNotFoundError, ValueError) as error:  # ValueError: a name that cannot be one
+        raise SavedContextError(f"no file {path}: check the name") from error
+    except OSError as error:
+        raise SavedContextError(unreadable(path, error)) from error
+    if not regular:
+        raise SavedContextError(f"{path} is no file: name one that was saved")
+
+
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[_SavedFile]:
     check_name(path)
+    _check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except FileNotFoundError as error:
-        raise SavedContextError(f"no file {path}") from error
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise SavedContextError(f"{path} is truncated or damaged: {one_line(error)}") from error
 

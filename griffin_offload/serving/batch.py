@@ -20,7 +20,7 @@ from typing import Any
 
 from griffin_offload.checkpoint.files import one_writer
 from griffin_offload.config import ServeConfig
-from griffin_offload.errors import GriffinError, UsageError, one_line
+from griffin_offload.errors import GriffinError, UsageError, unwritable
 from griffin_offload.evaluation.samples import json_lines
 from griffin_offload.serving.api_errors import ApiError
 from griffin_offload.serving.metrics import Metrics
@@ -124,12 +124,13 @@ class AnswerFile(Answers):
                 stack.enter_context(one_writer(self.path, "batch"))
                 self._read()
             except OSError as error:
-                raise UsageError(f"cannot write {self.path}: {one_line(error)}") from error
+                raise UsageError(unwritable(self.path, error)) from error
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        with contextlib.suppress(OSError):  # of a line that could not be written, which `add` has said
+            self._stack.close()
 
     def _read(self) -> None:
         """Know what is answered, and cut off a line that was not finished."""
@@ -158,7 +159,7 @@ class AnswerFile(Answers):
             os.fsync(self._file.fileno())
         except OSError as error:
             raise GriffinError(
-                f"cannot write {self.path}: {one_line(error)}; what is there is kept, run the same command again"
+                f"{unwritable(self.path, error)}; what is there is kept, run the same command again"
             ) from error
         self.answered.add(custom_id)
         self.failed += status >= 400

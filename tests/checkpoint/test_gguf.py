@@ -390,6 +390,7 @@ def test_what_is_lacking_or_too_much_is_named(tmp_path: Path):
 def test_rows_that_no_memory_could_count_are_named(tmp_path: Path):
     """Before their order is made."""
     path = tmp_path / "tiny.gguf"
-    write_gguf(TABLE["llama2"].build(), path, more={"llama.attention.key_length": 2**31})
+    sizes = dict.fromkeys(("llama.attention.key_length", "llama.rope.dimension_count"), 2**31)
+    write_gguf(TABLE["llama2"].build(), path, more=sizes)
     with pytest.raises(CheckpointError, match=r"attn_\w\.weight has \d+ rows, by its heads it should have \d{10,}"):
         open_checkpoint(path).tensors()

@@ -105,7 +105,7 @@ def test_bad_input(cli, llama: Path, data: Path, tmp_path: Path):
         output.write_text(text)
         cli.refuses(2, "holds no summaries", *_command(llama, data, "--output", output))
         assert output.read_text() == text  # nothing is taken off what is not ours
-    cli.refuses(2, "cannot write", *_command(llama, data, "--output", tmp_path / "absent" / "out"))
+    cli.refuses(2, "cannot be written", *_command(llama, data, "--output", tmp_path / "absent" / "out"))
     assert cli(*_command(llama, data, "--output", tmp_path / "made", "--samples", 1)).code == 0
     cli.refuses(
         2, "was made with seed 42, now it is 7", *_command(llama, data, "--output", tmp_path / "made", "--seed", 7)

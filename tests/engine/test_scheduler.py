@@ -217,6 +217,30 @@ def test_a_processor_that_fails_ends_its_own_sequence(model_of):
     assert model.engine.beside == ()
 
 
+class Streamed:
+    """What a streamer is given."""
+
+    def __init__(self) -> None:
+        self.tokens, self.ended = list[int](), 0
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+def test_streamers_are_given_the_tokens_of_their_own(model_of):
+    model, streamers = model_of("llama3"), [Streamed() for _ in range(3)]
+    asked = [
+        (prompt(9 + 5 * seed, seed), {"do_sample": False, "max_new_tokens": 4 + 3 * seed, "streamer": streamer})
+        for seed, streamer in enumerate(streamers)
+    ]
+    for answer in model.generate_many(asked):
+        ids, streamer = asked[answer.index][0], streamers[answer.index]
+        assert (streamer.tokens, streamer.ended) == ([*ids[0].tolist(), *answer.tokens.tolist()], 1)
+
+
 def test_a_pass_that_is_cut_short_leaves_the_others_their_neurons(model_of):
     model = model_of("llama3", density=0.5)
     options = {"max_new_tokens": 8, "do_sample": False}

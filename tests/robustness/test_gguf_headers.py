@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from support.gguf_files import write_gguf
-from support.tiny_models import ARCHITECTURES, FURTHER, HYBRIDS
+from support.tiny_models import ARCHITECTURES, FURTHER, HYBRIDS, MIXTURES
 
 from griffin_offload import GriffinModel
 from griffin_offload.checkpoint.gguf_blocks import block_types
@@ -144,3 +145,47 @@ def test_arrays_and_no_numbers_in_the_place_of_numbers_are_named(
     path = write_gguf((ARCHITECTURES | FURTHER | HYBRIDS)[name].build(), tmp_path / "tiny.gguf", more=more)
     with pytest.raises(GriffinError, match=words):
         GriffinModel.from_pretrained(path, device="cpu", max_gpu_mem="1GB")
+
+
+HALF = r"turns 4 of the \d+ numbers of a head \(\S+\.rope\.dimension_count\)"
+
+
+@pytest.mark.parametrize("name", ["llama2", "gemma3", "qwen2", "falcon_new", "lfm2", "gpt_oss", "mixtral"])
+def test_a_part_of_a_head_that_transformers_cannot_turn_alone_is_named(name: str, tmp_path: Path):
+    """Most classes turn all of it whatever a config says, or fail in the first prompt."""
+    model = (ARCHITECTURES | FURTHER | HYBRIDS | MIXTURES)[name].build()
+    architecture = {"llama2": "llama", "falcon_new": "falcon", "gpt_oss": "gpt-oss", "mixtral": "llama"}.get(name, name)
+    path = write_gguf(model, tmp_path / "tiny.gguf", more={f"{architecture}.rope.dimension_count": 4})
+    with pytest.raises(UnsupportedModel, match=f"{HALF}, transformers' \\w+ turns all of them"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "words"),
+    [
+        ("phi3", "rope.dimension_count", 3, "turned in pairs"),
+        ("stablelm", "rope.dimension_count", 0, "turned in pairs"),
+        ("stablelm", "attention.key_length", 4, "has heads of 4 numbers"),
+        ("qwen2", "rope.freq_base", 0.0, "freq_base is 0.0: it has to be above 0"),
+        ("gemma3", "rope.scaling.factor", -1.0, "factor is -1.0: it has to be above 0"),
+        ("stablelm", "attention.layer_norm_epsilon", -1.0, "epsilon is -1.0: it has to be above 0"),
+        ("gemma2", "attention.sliding_window", 0, "sliding_window is 0: it has to be above 0"),
+    ],
+)
+def test_numbers_that_nothing_can_be_computed_with_are_named(
+    name: str, key: str, value: Any, words: str, tmp_path: Path
+):
+    path = write_gguf(ARCHITECTURES[name].build(), tmp_path / "tiny.gguf", more={f"{name}.{key}": value})
+    with pytest.raises(GriffinError, match=words):
+        open_checkpoint(path)
+
+
+def test_gemmas_without_a_window(tmp_path: Path):
+    """Early files of Gemma 2 leave the model's own out; Gemma 3's then have none, as llama.cpp reads them."""
+    key = "gemma2.attention.sliding_window"
+    config = open_checkpoint(write_gguf(ARCHITECTURES["gemma2"].build(), tmp_path / "2.gguf", drop=(key,))).config
+    assert config.sliding_window == 4096
+    path = write_gguf(ARCHITECTURES["gemma3"].build(), tmp_path / "3.gguf", more={"gemma3.attention.sliding_window": 0})
+    with GriffinModel.from_pretrained(path, device="cpu", max_gpu_mem="1GB") as model:
+        assert set(model.config.layer_types) == {"full_attention"}
+        assert model.generate(torch.arange(5, 45)[None], max_new_tokens=2, do_sample=False).shape == (1, 42)
