@@ -37,7 +37,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Checkpoints = Callable[..., Path]
 CACHE_VARIABLE = "GRIFFIN_OFFLOAD_CACHE"
-MOST_BUILT = 32
+MOST_BUILT = 160
 
 
 def pytest_collection_finish() -> None:
