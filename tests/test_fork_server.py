@@ -1,11 +1,13 @@
 """What the fork server runs ends as it does under the interpreter: code, output and what a signal does."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 
 import pytest
+from fork_server import ForkServer
 
 PROGRAMS = {
     "an end": "print('out'); import sys; print('err', file=sys.stderr)",
@@ -37,3 +39,13 @@ def test_one_that_hangs_is_killed_at_the_end(forks):
         assert hanging.wait(0.01) is None
     forks.end_all()
     assert hanging.returncode == -signal.SIGKILL
+
+
+def test_all_that_run_tests_share_one(forks):
+    """Whoever comes second finds it, and leaves it to the others."""
+    program = ("-c", "import os; print(open(f'/proc/{os.getppid()}/stat').read().rpartition(')')[2].split()[1])")
+    servers = {forks.run(*program).out}
+    with contextlib.closing(ForkServer()) as second:
+        servers.add(second.run(*program).out)
+    servers.add(forks.run(*program).out)
+    assert len(servers) == 1

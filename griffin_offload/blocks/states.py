@@ -160,7 +160,7 @@ def _kind(layer: Any) -> str:
     return "linear_attention" if isinstance(layer, LinearAttentionCacheLayerMixin) else type(layer).__name__
 
 
-_MOST_MEASURED = 64
+_MOST_MEASURED = 256
 _measured: dict[Any, tuple[LayerState, ...]] = {}
 """By all that it depends on. A pass on the meta device is a fifth of what loading a small model takes."""
 

@@ -74,7 +74,7 @@ def new_figure(width: float, height: float, title: str, subtitle: str = "") -> "
     """An empty figure, sizes in inches, that no window manager knows of."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=_DOTS_PER_INCH, layout="constrained")
     figure.suptitle(title, x=0.01, ha="left")
     if subtitle:
         figure.supxlabel(subtitle, x=0.01, ha="left", fontsize=8, color=GREY)
@@ -86,11 +86,14 @@ def draw(make: "Callable[[], Figure]", directory: Path, name: str) -> list[Path]
     paths = []
     with styled():
         figure = make()
+        engine = figure.get_layout_engine()
+        if engine is not None:
+            engine.execute(figure)  # once for both files: it takes longer than drawing, and `savefig` would draw for it
+            figure.set_layout_engine(None)
         for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
             path = directory / f"{name}.{kind}"
             with renamed(path) as temporary:
                 figure.savefig(temporary, format=kind, dpi=_DOTS_PER_INCH, metadata=metadata)
-            figure.set_layout_engine(None)  # everything has its place, which takes longer than drawing it
             paths.append(path)
     return paths
 

@@ -22,6 +22,7 @@ from tiny_models import CHAT_TEMPLATE, write_tokenizer
 from griffin_offload import GriffinModel
 from griffin_offload.blocks.model_shape import ModelParts
 from griffin_offload.blocks.sizes import ModelSizes
+from griffin_offload.cli import inspect_text
 from griffin_offload.cli.main import main
 from griffin_offload.engine import precisions, spec
 from griffin_offload.engine.convert import convert as convert_checkpoint
@@ -236,3 +237,19 @@ def change_tensor() -> Callable[..., None]:
         index_file.write_text(json.dumps(index))
 
     return change
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of figures that are made and not drawn, for tests of numbers: drawing takes longer than a tiny model."""
+    from matplotlib.figure import Figure
+
+    made = list[str]()
+
+    def make_only(make: Callable[[], Any], directory: Path, name: str) -> list[Path]:
+        assert isinstance(make(), Figure)
+        made.append(name)
+        return []
+
+    monkeypatch.setattr(inspect_text, "draw", make_only)
+    return made

@@ -34,7 +34,7 @@ def test_what_does_not_fit_is_said_and_the_rest_measured(cli):
     refused = [row for row in outcome.json if "does_not_fit" in row]
     assert [(row["density"], row["prompt_tokens"]) for row in refused] == [(1.0, 24), (1.0, 12)]
     assert "needs" in refused[0]["does_not_fit"]
-    table = cli("eval", "latency", "--max-mem", "6MB", *COMMON)
+    table = cli("eval", "latency", "--max-mem", "6MB", *COMMON, "-r", 1, "--density", 0.25, "--selection", "topk")
     assert table.out.splitlines()[0].split()[:4] == ["neurons", "precision", "prompt", "generate"]
     assert table.out.splitlines()[-1].startswith("full 12+8 does not fit: needs")
     assert cli("eval", "latency", "--max-mem", "100kB", *COMMON).code == 3

@@ -143,7 +143,7 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("template", mostly_slow(TEMPLATES, 2))
 def test_chat_templates(cli, copy: Path, monkeypatch: pytest.MonkeyPatch, template: str):
-    monkeypatch.setattr(prompts, "LIMIT_S", 1.0)
+    monkeypatch.setattr(prompts, "LIMIT_S", 0.2)
     (copy / "chat_template.jinja").write_text(TEMPLATES[template])
     cli.refuses(4, "chat template fails, --raw turns it off: ", *RUN, "-m", copy)
     cli.refuses(4, "chat template fails", "chat", "-q", "-m", copy, stdin="hello\n")
@@ -159,7 +159,7 @@ def test_a_tokenizer_of_another_model(cli, copy: Path):
 
 
 def test_a_tokenizer_that_grows_without_end(cli, copy: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(prompts, "LIMIT_S", 1.0)
+    monkeypatch.setattr(prompts, "LIMIT_S", 0.2)
     tokenizer = json.loads((copy / "tokenizer.json").read_text())
     twice = {"type": "Replace", "pattern": {"String": "t"}, "content": "tt"}
     tokenizer["normalizer"] = {"type": "Sequence", "normalizers": [twice] * 40}

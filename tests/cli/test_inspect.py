@@ -49,7 +49,7 @@ def test_all_figures(cli, llama: Path, text: Path, tmp_path: Path):
         assert (numbers["model"], numbers["text"], numbers["measured_in"]) == (str(llama), text.name, "float32")
 
 
-def test_numbers_are_those_of_the_model(cli, llama: Path, text: Path, tmp_path: Path):
+def test_numbers_are_those_of_the_model(cli, llama: Path, text: Path, tmp_path: Path, undrawn: list[str]):
     """stdout, the file and dense transformers on the text's first window agree."""
     outcome = cli(
         "inspect", "-m", llama, *MEMORY, "--text", text, "--output", tmp_path, *SMALL[:4], "--json",
@@ -57,7 +57,7 @@ def test_numbers_are_those_of_the_model(cli, llama: Path, text: Path, tmp_path: 
     )  # fmt: skip
     assert outcome.code == 0, outcome
     found = outcome.json
-    assert list(found) == ["jaccard", "flocking"]
+    assert list(found) == ["jaccard", "flocking"] == undrawn
     assert found == {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in found}
     assert [(row["layer"], row["density"]) for row in found["jaccard"]["rows"]] == [
         (layer, density) for layer in range(3) for density in (0.5, 0.25)
@@ -78,12 +78,13 @@ def test_numbers_are_those_of_the_model(cli, llama: Path, text: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_layers_without_a_feed_forward_are_in_no_figure(cli, checkpoints, text: Path, tmp_path: Path):
+def test_layers_without_a_feed_forward_are_in_no_figure(cli, checkpoints, text: Path, tmp_path: Path, undrawn):
     """Of those that there are to choose from, the first and the last are shown; a prompt's table has no others."""
     options = ("-m", checkpoints("nemotron_h"), *MEMORY)
     shown = ("--figure", "flocking,statistic,jaccard,inputs", *SMALL[:4])  # all but the one of perplexities
     figures = ("--text", text, "--output", tmp_path, *shown, "--json")
     found = cli("inspect", *options, *figures).json
+    assert undrawn == list(found)
     layers = {name: [row["layer"] for row in found[name]["layers"]] for name in ("flocking", "statistic")}
     assert layers == {"flocking": [1, 3], "statistic": [1, 3]}
     assert {row["layer"] for name in ("jaccard", "inputs") for row in found[name]["rows"]} == {1, 3}
@@ -94,13 +95,14 @@ def test_layers_without_a_feed_forward_are_in_no_figure(cli, checkpoints, text: 
     assert of_prompt["plan"]["densities"] == [1.0] * 4
 
 
-def test_perplexities_are_those_of_eval(cli, llama: Path, text: Path, tmp_path: Path):
+def test_perplexities_are_those_of_eval(cli, llama: Path, text: Path, tmp_path: Path, undrawn: list[str]):
     options = ("-m", llama, *MEMORY, "--text", text, "--windows", 2, "--density", "0.5,0.25")
     outcome = cli(
         "inspect", *options, "--output", tmp_path, "--figure", "lengths", "--json", "--selection", "topk,random",
         "--prompt-tokens", 8, "--generate-tokens", 6,
     )  # fmt: skip
     assert outcome.code == 0, outcome
+    assert undrawn == ["lengths"]
     rows = outcome.json["lengths"]["rows"]
     sizes = ("--prompt-tokens", 8, "--generate-tokens", 6, "--selection", "topk,random", "--json")
     expected = cli("eval", "ppl", *options, *sizes)

@@ -9,6 +9,7 @@ import torch
 from tiny_models import write_tokenizer
 from transformers import AutoModelForCausalLM
 
+from griffin_offload.evaluation.config import InspectConfig
 from griffin_offload.evaluation.terminal_plots import show_prompt_loss
 
 PROMPT = "the cat sat on the mat and thought of another river while nothing was left in their boats"
@@ -88,7 +89,7 @@ def test_layers_of_many_experts_show_those_that_are_used_most():
 
 
 @pytest.mark.slow
-def test_figures_of_a_text(checkpoints, cli, tmp_path: Path):
+def test_figures_of_a_text(checkpoints, cli, tmp_path: Path, undrawn: list[str]):
     """None asks for fewer experts than a token is sent to."""
     directory, text = checkpoints("qwen3_moe"), tmp_path / "text"
     write_tokenizer(directory)
@@ -99,4 +100,4 @@ def test_figures_of_a_text(checkpoints, cli, tmp_path: Path):
     ).json
     assert {row["density"] for row in found["sparsity"]["rows"]} == {0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9}
     assert found["flocking"]["layers"][0]["share_of_top_half"] > 0.5
-    assert (tmp_path / "out" / "flocking.png").exists()
+    assert undrawn == list(InspectConfig.figures)

@@ -49,18 +49,21 @@ def _answer(model: GriffinModel, seed: int = 1) -> torch.Tensor:
     return model.generate(_ids(seed), max_new_tokens=12, do_sample=False)
 
 
-@pytest.mark.parametrize("offload", mostly_slow(["ram", "disk"], 1))
 @pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("llama3", {}),
-        ("gpt2", {}),
-        ("opt", {"dtype": "bfloat16"}),
-        ("llama2", {"quantize": "int8"}),
-        ("mistral", {"quantize": "int4"}),
-        ("mistral", {"exact": True, "draft_tokens": 4}),
-    ],
-    ids=str,
+    ("name", "options", "offload"),
+    mostly_slow(
+        [
+            ("llama3", {}, "ram"),
+            ("gpt2", {}, "disk"),
+            ("opt", {"dtype": "bfloat16"}, "ram"),
+            ("llama2", {"quantize": "int8"}, "disk"),
+            ("mistral", {"quantize": "int4"}, "ram"),
+            ("mistral", {"exact": True, "draft_tokens": 4}, "disk"),
+            ("llama3", {}, "disk"),
+            ("mistral", {"exact": True, "draft_tokens": 4}, "ram"),
+        ],
+        6,
+    ),
 )
 def test_tokens_and_bytes_are_those_of_the_cpu(
     checkpoints, threaded: type[ThreadedDevice], name: str, options: dict[str, object], offload: str

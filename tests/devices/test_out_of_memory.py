@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from marks import mostly_slow
+from marks import by_turns, mostly_slow
 from tiny_models import VOCAB
 
 from griffin_offload import GriffinModel
@@ -59,8 +59,16 @@ def refusing(original: Callable[..., Any], refusal: Callable[[], BaseException],
     return call
 
 
-@pytest.mark.parametrize("kind", REFUSALS)
-@pytest.mark.parametrize("options", mostly_slow([{}, {"dtype": "bfloat16"}, {"keep_prompts": True}], 1), ids=str)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    mostly_slow(
+        [
+            *((kind, {}) for kind in REFUSALS),
+            *zip(REFUSALS, ({"dtype": "bfloat16"}, {"keep_prompts": True}), strict=False),
+        ],
+        4,
+    ),
+)
 def test_in_a_pass(checkpoints, monkeypatch: pytest.MonkeyPatch, kind: str, options: dict[str, Any]):
     """The pass, its slots and its KV cache are gone, while the error is still held; a shorter prompt is answered."""
     refusal, words = REFUSALS[kind]
@@ -106,8 +114,10 @@ def test_a_bare_forward(checkpoints, monkeypatch: pytest.MonkeyPatch):
     assert torch.equal(model.model(ids(20)).logits, expected)
 
 
-@pytest.mark.parametrize("kind", REFUSALS)
-@pytest.mark.parametrize("place", ["build", "compact_blocks", "place_residents"])
+@pytest.mark.parametrize(
+    ("place", "kind"),
+    by_turns(("build", "compact_blocks", "place_residents"), REFUSALS, each=2, whole=("place_residents",)),
+)
 def test_while_loading(checkpoints, monkeypatch: pytest.MonkeyPatch, kind: str, place: str):
     refusal, words = REFUSALS[kind]
 

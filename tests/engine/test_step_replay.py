@@ -66,8 +66,10 @@ def replayed(model: GriffinModel) -> int:
 
 @pytest.mark.parametrize(("name", "dtype"), types_of(NAMES))
 def test_tokens_are_those_of_steps_with_python(checkpoints, monkeypatch, name: str, dtype: torch.dtype):
+    """A KV cache of another size, behind a shorter prompt, is no architecture's own."""
+    lengths = (9, 30) if NAMES.index(name) < _QUICK else (30,)
     with load(checkpoints(name, dtype), density=1.0, quantize="none" if dtype == torch.float32 else "int8") as model:
-        for tokens in (9, 30):
+        for tokens in lengths:
             ids = prompt(tokens, tokens)
             expected = without(monkeypatch, lambda ids=ids: alone(model, ids))
             assert alone(model, ids) == expected
@@ -85,7 +87,7 @@ def test_tokens_are_those_of_steps_with_python(checkpoints, monkeypatch, name: s
 def test_sequences_join_and_leave(checkpoints, monkeypatch, name: str, bits: int):
     """Each with a KV cache of another size, in which windows move, and in fewer bits."""
     with load(checkpoints(name), density=1.0, kv_bits=bits, ctx_size=160) as model:
-        asked = [(prompt(7 + 9 * seed, seed), GREEDY | {"max_new_tokens": 9 + 13 * seed}) for seed in range(4)]
+        asked = [(prompt(7 + 9 * seed, seed), GREEDY | {"max_new_tokens": 9 + 9 * seed}) for seed in range(4)]
 
         steps = list[int]()
 
@@ -108,7 +110,7 @@ def test_windows_move_while_a_step_is_recorded(checkpoints, monkeypatch, name: s
 
         def answers() -> list[list[int]]:
             contexts, found = [model.new_context(400) for _ in range(2)], list[list[int]]()
-            for turn in range(6):
+            for turn in range(4):
                 context = contexts[turn % 2]
                 ids = torch.cat([torch.tensor([context.tokens], dtype=torch.long), prompt(20, turn)], dim=1)
                 ids = ids if context.tokens else prompt(200, turn)
@@ -306,8 +308,14 @@ def test_a_recording_that_fails_is_python(checkpoints, monkeypatch, sequences: i
 
 
 @pytest.mark.skipif(library() is None, reason="the kernels are not compiled")
-@pytest.mark.parametrize("name", mostly_slow(("llama3", "gemma2", "gpt_oss", "phi3", "mixtral", "opt_350m"), 4))
-@pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("name", "quantize"),
+    by_turns(
+        ("llama3", "gemma2", "phi3", "opt_350m", "gpt_oss", "mixtral"),
+        ("none", "int8", "int4"),
+        whole=("llama3", "mixtral"),
+    ),
+)
 def test_memory_is_as_planned(checkpoints, name: str, quantize: str):
     options = {"density": 1.0, "quantize": quantize, "sequences": 3}
     with load(checkpoints(name, torch.bfloat16), **options) as model:

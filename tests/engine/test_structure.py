@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from marks import mostly_slow
+from marks import by_turns
 from scripted_model import byte_tokenizer
 from tiny_models import QUICK
 from transformers import AutoModelForCausalLM
@@ -212,8 +212,15 @@ def _languages(model: GriffinModel) -> tuple[Structure, Any]:
     return FINITE, following
 
 
-@pytest.mark.parametrize("name", mostly_slow(["llama2", "gemma2", "gpt2"], 1))
-@pytest.mark.parametrize("options", [{}, {"exact": True}, {"exact": True, "draft_tokens": 3}, {"refresh": 4}], ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    by_turns(
+        ("llama2", "gemma2", "gpt2"),
+        ({}, {"exact": True}, {"exact": True, "draft_tokens": 3}, {"refresh": 4}),
+        each=2,
+        whole=("llama2",),
+    ),
+)
 def test_answers_are_those_of_the_dense_model(checkpoints, name: str, options: dict[str, Any]):
     """Which is held to the listed texts by transformers' own means."""
     path = checkpoints(name)

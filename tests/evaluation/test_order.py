@@ -29,7 +29,7 @@ def _windows(model: GriffinModel, tokens: int, count: int):
 def test_the_statistic_beats_norms_and_chance(model):
     methods = ("topk", "output_aware", "magnitude", "random")
     variants = [Variant(density, method) for density in (0.75, 0.5) for method in methods]
-    rows = measure(model, _windows(model, 192, 12), 128, variants)
+    rows = measure(model, _windows(model, 192, 4), 128, variants)
     loss = {(row.selection, row.density): row.increase for row in rows}
     for density in (0.75, 0.5):
         assert 0 < loss["topk", density] < min(loss["magnitude", density], loss["random", density])

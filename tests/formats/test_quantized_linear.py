@@ -122,9 +122,10 @@ def test_equals_float64(form: str, outputs: int, inputs: int, dtype: torch.dtype
     tensors, matrix = _tensors(form, outputs, inputs, dtype)
     for is_down in DOWN.get(form, (False, True)):
         more = {"input_scale": (0.5 + _random(inputs).abs()).to(dtype)} if is_down and form != "float" else {}
-        for bias in ({}, {"bias": 30 * _random(outputs).to(dtype)}):
+        # A bias is added to what was multiplied, in whatever scratch.
+        for bias, scratches in (({}, (1, 2**20)), ({"bias": 30 * _random(outputs).to(dtype)}, (700,))):
             rows = None
-            for scratch_bytes in (1, 700, 2**20):
+            for scratch_bytes in scratches:
                 # 16-bit blocks are translated to float32 where the processor multiplies nothing smaller.
                 for scratch_dtype in {dtype, torch.float32 if dtype.itemsize == 2 else dtype}:
                     scratch = _scratch(scratch_bytes, scratch_dtype)

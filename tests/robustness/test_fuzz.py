@@ -118,8 +118,8 @@ def _stopped() -> None:
 def test_faults_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str):
     """Also in the second of three cases, with the others judged by themselves."""
     case, outcome = FAULTS[fault]
-    monkeypatch.setattr(worker, "LIMIT_S", 6.0 if "time" in fault else 20.0)
-    monkeypatch.setattr(worker, "GRACE_S", 6.0)
+    monkeypatch.setattr(worker, "LIMIT_S", 2.0 if "time" in fault else 20.0)
+    monkeypatch.setattr(worker, "GRACE_S", 2.0)
 
     def second(generator: random.Random, place: Place) -> None:
         if generator.random() == random.Random("seed/1").random():

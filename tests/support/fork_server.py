@@ -6,11 +6,13 @@ For tests of what a process does; those of how the interpreter or an import star
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from typing import IO, Any
 
@@ -18,6 +20,7 @@ from processes import Child
 
 _LARGEST_REQUEST = 2**17
 LONGEST_S = 300.0
+_POLL_S = 0.01
 
 
 class Started:
@@ -63,9 +66,13 @@ class Started:
 
 
 class ForkServer:
-    """Started with the first process."""
+    """Started with the first process, and shared by all that run tests of one call (xdist's workers): what it has
+    imported takes as long as a hundred small tests."""
 
     def __init__(self) -> None:
+        call = os.environ.get("PYTEST_XDIST_TESTRUNUID", os.getpid())
+        self._address = f"\0griffin-offload-forks-{call}"
+        self._socket: socket.socket | None = None
         self._server: subprocess.Popen[bytes] | None = None
         self._started: list[Started] = []
 
@@ -97,21 +104,37 @@ class ForkServer:
 
     def close(self) -> None:
         self.end_all()
-        if self._server is not None:
+        if self._socket is not None:
             self._socket.close()
-            self._server.wait(LONGEST_S)
+        if self._server is not None:
+            self._server.wait()  # for the others, too: it is this process's child
 
     def _connection(self) -> socket.socket:
-        if self._server is None:
-            self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            with theirs:
-                environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-                environment |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-                command = [sys.executable, "-m", "fork_server", str(theirs.fileno())]
-                # Not in the checkout, whose package would come before the one that is installed, with its kernels.
-                folder = os.path.dirname(__file__)
-                self._server = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], cwd=folder)
+        while self._socket is None:
+            ours = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            try:
+                ours.connect(self._address)
+                self._socket = ours
+            except ConnectionRefusedError:
+                ours.close()
+                self._start()
         return self._socket
+
+    def _start(self) -> None:
+        """Unless another process is just doing it."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+            try:
+                listening.bind(self._address)
+            except OSError:
+                time.sleep(_POLL_S)
+                return
+            listening.listen()
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+            environment |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            command = [sys.executable, "-m", "fork_server", str(listening.fileno())]
+            # Not in the checkout, whose package would come before the one that is installed, with its kernels.
+            folder = os.path.dirname(__file__)
+            self._server = subprocess.Popen(command, env=environment, pass_fds=[listening.fileno()], cwd=folder)
 
 
 def _text(file: IO[bytes]) -> str:
@@ -123,12 +146,15 @@ def import_everything() -> None:
     """What commands import when they need it."""
     import transformers.models.llama.modeling_llama  # noqa: F401
     import uvicorn.protocols.http.h11_impl  # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     import griffin_offload.engine.chat
     import griffin_offload.engine.convert
     import griffin_offload.engine.model
     import griffin_offload.evaluation.summaries
     import griffin_offload.serving.server  # noqa: F401
+
+    get_checkpoint_conversion_mapping("llama")  # made once, of all models: a quarter of a small model's command
 
 
 def interpret(arguments: Sequence[str]) -> int:
@@ -147,18 +173,25 @@ def interpret(arguments: Sequence[str]) -> int:
     return 0
 
 
-def serve(requests: socket.socket) -> None:
+def serve(listening: socket.socket) -> None:
     """Until nobody asks any more."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    while True:
-        data, descriptors, _, _ = socket.recv_fds(requests, _LARGEST_REQUEST, 4)
-        if not data:
-            return
-        if os.fork() == 0:
-            requests.close()
-            _supervise(json.loads(data), descriptors[:3], socket.socket(fileno=descriptors[3]))
-        for descriptor in descriptors:
-            os.close(descriptor)
+    asking = [listening.accept()[0]]
+    while asking:
+        for one in select.select([listening, *asking], [], [])[0]:
+            if one is listening:
+                asking.append(listening.accept()[0])
+                continue
+            data, descriptors, _, _ = socket.recv_fds(one, _LARGEST_REQUEST, 4)
+            if not data:
+                asking.remove(one)
+                one.close()
+            elif os.fork() == 0:
+                for other in (listening, *asking):
+                    other.close()
+                _supervise(json.loads(data), descriptors[:3], socket.socket(fileno=descriptors[3]))
+            for descriptor in descriptors:
+                os.close(descriptor)
 
 
 def _supervise(request: dict[str, Any], standard: Sequence[int], reply: socket.socket) -> None:
