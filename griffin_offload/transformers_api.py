@@ -7,6 +7,7 @@ Each difference is decided by what the installed release has, not by its number.
 | 5.23 | `DummyLayer` stands for a layer without KV entries of its own; before, the cache had no layer there |
 | 5.23 | `ResponseParser` takes answers apart as they come; before, tools are refused by the server |
 | 5.24 | the KV cache is called `cache`, as an argument and in outputs; before, `past_key_values` |
+| 5.25 | layers of states count tokens, too, and call themselves croppable; Mamba's scan has moved into a function |
 
 And what a few of its models do otherwise than all others, which `adapted` makes up for: the name and the length of
 Mamba's cache, recurrences that several tokens begin anew, RecurrentGemma's states outside of the cache. Experts that
@@ -30,7 +31,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from griffin_offload.errors import UsageError
 
-NEWEST_TESTED = (5, 24)
+NEWEST_TESTED = (5, 25)
 """The release series whose every test was last seen to pass: `benchmarks/versions.py`."""
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
@@ -300,10 +301,11 @@ def _counting(stock: type[Any], name: str) -> type[Any]:
 
 def _forgets(kind: type[nn.Module]) -> bool:
     """Whether several tokens at once would begin the recurrence of such a part anew (Mamba 1)."""
-    name, stock = "mamba_selective_scan", inspect.unwrap(kind.forward)
-    if name not in getattr(getattr(stock, "__code__", None), "co_names", ()):
-        return False
-    return "initial_states" not in inspect.signature(stock.__globals__[name]).parameters
+    called = inspect.unwrap(kind.forward)
+    for name in ("mamba_scan_forward", "mamba_selective_scan"):  # the one calls the other, since transformers 5.25
+        if name in getattr(getattr(called, "__code__", None), "co_names", ()):
+            called = inspect.unwrap(called.__globals__[name])
+    return called.__name__ == "mamba_selective_scan" and "initial_states" not in inspect.signature(called).parameters
 
 
 @functools.cache

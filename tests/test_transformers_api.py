@@ -59,15 +59,15 @@ def test_a_shared_layer_stands_for_itself_in_every_release():
 
 @pytest.mark.parametrize(
     ("installed", "warned"),
-    [("5.20.0", False), ("5.24.9", False), ("5.24.0.dev0", False), ("5.25.0", True), ("5.25rc1", True), ("6.0", True)],
+    [("5.20.0", False), ("5.25.9", False), ("5.25.0.dev0", False), ("5.26.0", True), ("5.26rc1", True), ("6.0", True)],
 )
 def test_a_newer_release_is_named_with_the_tested_one(installed: str, warned: bool):
     told = untested(installed)
     assert (told is not None) == warned
     if told is not None:
         assert installed in told
-        assert "5.24" in told
-        assert "pip install 'transformers<5.25'" in told
+        assert "5.25" in told
+        assert "pip install 'transformers<5.26'" in told
 
 
 def test_the_installed_release_is_a_tested_one():

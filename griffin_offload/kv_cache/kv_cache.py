@@ -264,9 +264,8 @@ class KVCache(Cache):  # type: ignore[misc]
             self.restore(tokens)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        if self.kept:
-            return int(super().get_seq_length(layer_idx))
-        return self._counting[0].get_seq_length()
+        asked = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        return (asked if isinstance(asked, KVLayer) else self._counting[0]).get_seq_length()
 
     def reset(self) -> None:
         self.forget_start()

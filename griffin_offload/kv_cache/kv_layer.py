@@ -255,6 +255,11 @@ class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
 
     is_compileable = False  # for captures of transformers' own, which take their masks as such
 
+    @property
+    def is_croppable(self) -> bool:
+        """Whether transformers' own drafts can be taken back: inputs of convolutions, not recurrences."""
+        return any(self.is_conv_states_initialized.values()) and not any(self.is_recurrent_states_initialized.values())
+
     def held(self) -> dict[str, Tensor]:
         """What is there, by name; nothing before tokens have passed."""
         return states_in(self)
@@ -338,6 +343,7 @@ class StateAndKVLayer(StateLayer, KVLayer):
     is_compileable = False
     is_croppable = True
     grow, crop, get_max_length = KVLayer.grow, KVLayer.crop, KVLayer.get_max_length
+    get_seq_length = KVLayer.get_seq_length  # since transformers 5.25 states count tokens, too, and do not go back
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """For keys and values, which come by place, or for states, by name."""

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from griffin_offload import GriffinModel, UsageError
+from griffin_offload.transformers_api import CACHE
 
 ARCHITECTURES = (
     "llama3", "mistral", "gemma3", "gpt2", "opt", "falcon_alibi", "cohere2", "phi3", "bloom", "qwen2",
@@ -85,10 +86,10 @@ def _everything(model: Any, **options: Any) -> Any:
 def _goes_on(model: Any, **options: Any) -> Any:
     """A second answer from the first one's cache: the whole sequence, or what is new alone with a mask over all."""
     first = model.generate(_ids(), max_new_tokens=5, do_sample=False, return_dict_in_generate=True, **options)
-    whole, cache = torch.cat([first.sequences, _ids(6, seed=1)], 1), first.past_key_values
+    whole, cache = torch.cat([first.sequences, _ids(6, seed=1)], 1), first[CACHE]
     given = whole[:, cache.get_seq_length() :] if options.get("use_cache") else whole
     more = model.generate(
-        given, attention_mask=torch.ones_like(whole), past_key_values=cache, max_new_tokens=5, do_sample=False
+        given, attention_mask=torch.ones_like(whole), max_new_tokens=5, do_sample=False, **{CACHE: cache}
     )
     return torch.cat([first.sequences, more], 1)
 
