@@ -7,7 +7,7 @@ Each difference is decided by what the installed release has, not by its number.
 | 5.23 | `DummyLayer` stands for a layer without KV entries of its own; before, the cache had no layer there |
 | 5.23 | `ResponseParser` takes answers apart as they come; before, tools are refused by the server |
 | 5.24 | the KV cache is called `cache`, as an argument and in outputs; before, `past_key_values` |
-| 5.25 | layers of states count tokens, too, and call themselves croppable; Mamba's scan has moved into a function |
+| 5.25 | layers of states count tokens, and are croppable; no model is called stateful; Mamba's scan is in a function |
 
 And what a few of its models do otherwise than all others, which `adapted` makes up for: the name and the length of
 Mamba's cache, recurrences that several tokens begin anew, RecurrentGemma's states outside of the cache. Experts that

@@ -227,8 +227,15 @@ def _lookup(
 def _refuse_drafts(model: StockModel, kwargs: dict[str, object], configs: tuple[GenerationConfig, ...]) -> None:
     """UsageError for drafts of transformers' own where they could not be taken back."""
     for name in ("prompt_lookup_num_tokens", "assistant_model"):
-        if _value(name, kwargs, configs) is not None and getattr(model, "_is_stateful", False):
+        if _value(name, kwargs, configs) is not None and _recurs(model):
             raise UsageError(f"{name} {why_no_drafts(model.config)}")
+
+
+def _recurs(model: StockModel) -> bool:
+    """Whether it keeps more than entries and inputs of convolutions. transformers 5.25 does not say so any more: its
+    own caches take recurrences back, ours do not for its drafts."""
+    own = set(state_kinds(model.config).split(", ")) - {"", "conv"}
+    return bool(getattr(model, "_is_stateful", own))
 
 
 def _roomy(context: Context, tokens: int, most: int) -> int:
