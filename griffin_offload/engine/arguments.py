@@ -15,7 +15,7 @@ from griffin_offload.engine.generation import GenerationMode, GenerationState, L
 from griffin_offload.engine.speculative import FullModel, loop_of
 from griffin_offload.engine.structure import StructureGuide
 from griffin_offload.errors import DoesNotFit, UsageError, one_line
-from griffin_offload.kv_cache.kv_cache import KVCache, why_no_drafts, why_not_back
+from griffin_offload.kv_cache.kv_cache import KVCache, recurs, why_no_drafts, why_not_back
 from griffin_offload.kv_cache.sequence import Context, snapshots_kept
 from griffin_offload.kv_cache.workload import KV_SLACK_TOKENS, ModelKV, Workload
 from griffin_offload.planner.plan import Plan
@@ -227,15 +227,8 @@ def _lookup(
 def _refuse_drafts(model: StockModel, kwargs: dict[str, object], configs: tuple[GenerationConfig, ...]) -> None:
     """UsageError for drafts of transformers' own where they could not be taken back."""
     for name in ("prompt_lookup_num_tokens", "assistant_model"):
-        if _value(name, kwargs, configs) is not None and _recurs(model):
+        if _value(name, kwargs, configs) is not None and recurs(model):
             raise UsageError(f"{name} {why_no_drafts(model.config)}")
-
-
-def _recurs(model: StockModel) -> bool:
-    """Whether it keeps more than entries and inputs of convolutions. transformers 5.25 does not say so any more: its
-    own caches take recurrences back, ours do not for its drafts."""
-    own = set(state_kinds(model.config).split(", ")) - {"", "conv"}
-    return bool(getattr(model, "_is_stateful", own))
 
 
 def _roomy(context: Context, tokens: int, most: int) -> int:

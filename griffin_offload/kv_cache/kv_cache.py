@@ -123,6 +123,13 @@ def why_not_back(config: PretrainedConfig) -> str:
     return f"layers of kind {kinds} keep a state that cannot be rolled back ({config.model_type})"
 
 
+def recurs(model: Any) -> bool:
+    """Whether it keeps more than entries and inputs of convolutions. transformers 5.25 does not say so any more: its
+    own caches take recurrences back, ours do not for its drafts."""
+    own = set(state_kinds(model.config).split(", ")) - {"", "conv"}
+    return bool(getattr(model, "_is_stateful", own))
+
+
 def why_no_drafts(config: PretrainedConfig) -> str:
     """Why transformers' own drafts are none for a model with states, and what is instead; of states alone nothing."""
     instead = "; exact=True can" if keeps_entries(cache_layers(config)) else ""
