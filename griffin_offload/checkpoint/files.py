@@ -60,7 +60,7 @@ def renamed(path: Path) -> Iterator[Path]:
     except BaseException as error:
         with contextlib.suppress(OSError):  # of the same reason
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):  # a full disk names none, others the temporary one
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):  # a full disk names none
             error.filename = str(path)
         raise
 

@@ -77,7 +77,6 @@ def _in_cache() -> Iterator[tuple[str, Path]]:
 
 
 def _in_directories(directories: list[Path]) -> Iterator[tuple[str, Path]]:
-
     for directory in directories:
         try:
             inside = sorted(one for one in directory.iterdir() if one.is_dir())

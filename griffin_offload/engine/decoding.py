@@ -26,7 +26,7 @@ class PreparedAnswer:
     """What transformers' `generate` makes of its arguments, given as its `custom_generate`: nothing is generated."""
 
     def __init__(self, streamer: Any) -> None:
-        self.streamer = streamer  # which `generate` gives the prompt, and what it calls nothing
+        self.streamer = streamer  # `generate` itself gives it the prompt, and to what it calls here no streamer
 
     def __call__(
         self,

@@ -12,6 +12,7 @@ import pytest
 
 from griffin_offload.checkpoint import tokenizer
 from griffin_offload.checkpoint.config_files import read_generation_config
+from griffin_offload.checkpoint.files import renamed, temporary_name
 from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.checkpoint.tokenizer import load_tokenizer
 from griffin_offload.errors import CheckpointError, GriffinError, limit_reached
@@ -190,3 +191,20 @@ def test_a_shard_that_could_not_be_opened_is_not_called_damaged(copy: Path, monk
     with pytest.raises(CheckpointError, match=rf"{SHARD} cannot be read: .*limit on open files") as caught:
         open_checkpoint(copy)
     assert limit_reached(caught.value) is not None
+
+
+@pytest.mark.parametrize("named", ["none", "temporary", "source"])
+def test_an_error_while_a_file_is_written_names_the_one_it_is_about(tmp_path: Path, named: str):
+    """The file itself and not its temporary name; but what it is made of keeps its own."""
+    path, source = tmp_path / "out", tmp_path / "source"
+    names = {"none": (), "temporary": (str(temporary_name(path)),), "source": (str(source),)}
+
+    def write() -> None:
+        with renamed(path) as temporary:
+            temporary.touch()
+            raise OSError(errno.ENOSPC, "full", *names[named])
+
+    with pytest.raises(OSError, match="full") as caught:
+        write()
+    assert caught.value.filename == str(source if named == "source" else path)
+    assert list(tmp_path.iterdir()) == []

@@ -192,8 +192,9 @@ def test_a_call_that_stays_attends_to_what_it_is_told():
     job = EachTokenJob((floats.data_ptr(), output.data_ptr()), 0, (2, 2, 3, 16, 16), 0.25, 2)
     for ranges in ([(3, 33), (0, 1)], [(39, 40), (5, 40)]):
         rows = [SeenTokens(key, value, *own) for own in ranges]
-        job.attend_to(rows, scores)
+        job.attend_to(rows, scores.fill_(torch.nan))
         kernels.call("attend_to_each", job.packed)
+        assert (~scores.isnan()).sum() == 6 * sum(end - first for first, end in ranges), "each has its places"
         for i, (first, end) in enumerate(ranges):
             alone = attend(query[i : i + 1], key[:, :, first:end], value[:, :, first:end], None, 0.25)
             assert torch.equal(output[i].bfloat16(), alone[0, 0])
