@@ -30,8 +30,7 @@ from griffin_offload.engine.refit import refitted, visit_moments
 from griffin_offload.engine.shards import UNMEASURED, CopyDirectory, Reader, check_place
 from griffin_offload.errors import CheckpointError, UsageError, one_line
 from griffin_offload.formats import FLOATS
-from griffin_offload.method.selection import layer_generator, neurons_kept, select_neurons
-from griffin_offload.method.statistic import share_kept
+from griffin_offload.method.selection import layer_generator, neurons_kept, select_neurons, share_kept
 from griffin_offload.transformers_api import StockModel
 
 HELD_OUT = 4
