@@ -24,9 +24,9 @@ from griffin_offload.checkpoint.files import write_text
 from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.config import WEIGHT_NORMS, ExportForm, SelectionMethod
 from griffin_offload.engine.build import build
+from griffin_offload.engine.calibration import refitted, visit_moments
 from griffin_offload.engine.export_files import ExportFiles, KeptCounts, Smaller, files_of
 from griffin_offload.engine.model import GriffinModel
-from griffin_offload.engine.refit import refitted, visit_moments
 from griffin_offload.engine.shards import UNMEASURED, CopyDirectory, Reader, check_place
 from griffin_offload.errors import CheckpointError, UsageError, one_line
 from griffin_offload.formats import FLOATS

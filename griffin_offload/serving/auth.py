@@ -10,7 +10,7 @@ from starlette.datastructures import Headers
 
 from griffin_offload.config import ServeConfig
 from griffin_offload.errors import UsageError
-from griffin_offload.serving.api_errors import ApiError
+from griffin_offload.serving.validation import ApiError
 
 # The API key, as it is given to the server.
 
