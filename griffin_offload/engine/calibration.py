@@ -1,4 +1,4 @@
-"""Inputs of a model's matrices over pages of text: what int4 is fitted by.
+"""Inputs of a model's matrices over pages of text: what int4 is fitted by, and an export's kept neurons.
 
 One forward of the stock model over its mapped weights finds them, a layer's pages at a time. Where weights are
 quantised for every prompt, their mean squares and their leading component count: the same for every run of a
@@ -311,6 +311,12 @@ def _use_stock_linears(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__dict__.pop("forward", None)
+
+
+# What kept neurons can say for those that an export leaves out: least squares over a set of prompts. With the full
+# model's activations Z [T, F] on the set, the moments G = Z^T Z and the down projection W [H, F], the kept neurons S
+# get the columns W_S + D, where D is the least of |Z_S D^T - Z_R W_R^T|^2 + a |D|^2 over those that go, R:
+# D = W_R G_RS (G_SS + a)^-1. The moments are of one layer at a time, [F, F] in float32.
 
 
 RIDGE = 0.1

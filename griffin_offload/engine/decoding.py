@@ -1,4 +1,6 @@
-"""One answer on its way, beside others: what transformers' `generate` prepared for it, and its tokens so far."""
+"""Answers on their way, beside others: what transformers' `generate` prepared for each, and its tokens so far. And many
+prompts, from Python: answered by a scheduler as far as they may be, else one after the other.
+"""
 
 import time
 from collections.abc import Iterator
@@ -101,6 +103,13 @@ class DecodingSequence:
         """Its tokens so far [T], without the prompt."""
         return self.ids[0, self._prompt_tokens :]
 
+    def result(self) -> RunReport:
+        """Of one that has ended: its report. Raises what ended it, if it did not end well."""
+        if self.error is not None:
+            raise self.error
+        assert self.report is not None, "it has ended well"
+        return self.report
+
     @property
     def seconds(self) -> float:
         """Since it joined."""
@@ -171,6 +180,9 @@ class DecodingSequence:
         return sum(share.kept * share.tokens for share in self._shares) / tokens
 
 
+# Many prompts.
+
+
 @dataclass(frozen=True)
 class GeneratedAnswer:
     """The answer to prompt number `index`: its `tokens` [T], without the prompt."""
@@ -230,10 +242,8 @@ def answers(model: _Model, scheduler: _Scheduler, prompts: Iterator[_Asked]) -> 
                     must_wait = must_wait or row.begin()
                     ended = scheduler.step()
             for sequence in ended:
-                if sequence.error is not None:
-                    raise sequence.error
-                assert sequence.report is not None, "it has ended well"
-                yield GeneratedAnswer(row.numbers.pop(sequence), sequence.answer, sequence.report)
+                report = sequence.result()
+                yield GeneratedAnswer(row.numbers.pop(sequence), sequence.answer, report)
     finally:
         scheduler.abandon()
 

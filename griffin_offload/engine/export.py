@@ -134,7 +134,7 @@ def export(
     card: bool = False,
 ) -> Export:
     """Write `model` with the share `density` of every layer's neurons, those of `choice`, as `form` says. With prompts
-    to `refit` on, those of `choice`, the neurons that stay make up for the others (refit.py).
+    to `refit` on, those of `choice`, the neurons that stay make up for the others (`refitted` in calibration.py).
 
     The directory `out` must not exist yet, or hold the same export unfinished; with a `card` to come, it is unfinished
     until `write_card`. Raises what `check` raises, DoesNotFit

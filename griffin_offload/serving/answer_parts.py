@@ -1,5 +1,9 @@
-"""Log probabilities of tokens, as the model gave them: before penalties, bans, temperature and top_p. And what a client
-adds to some, or takes from those that were there."""
+"""What a chat's answer is made of: text, thoughts in front of it, calls of functions, and tokens with their log
+probabilities.
+
+transformers' parser of responses takes it apart: by the tokenizer's own description of its answers where it has one,
+else by one of those here, told by the chat template. Answers in Llama 3's form, a bare JSON object, are read here.
+"""
 
 import json
 import re
@@ -17,6 +21,10 @@ from griffin_offload.checkpoint.tokenizer import template_code
 from griffin_offload.engine.generation import LogitsObserver
 from griffin_offload.serving.text_stream import special_ids, token_text
 from griffin_offload.transformers_api import Tokenizer, response_parser
+
+# Log probabilities of tokens, as the model gave them: before penalties, bans, temperature and top_p. And what a client
+# adds to some, or takes from those that were there.
+
 
 # Of a token that the model itself rules out; JSON knows no infinity.
 _LEAST = -9999.0

@@ -1,4 +1,6 @@
-"""The messages of a chat: roles that a template knows, texts, calls of functions and what they gave."""
+"""The messages of a chat: roles that a template knows, texts, calls of functions and what they gave. And the functions
+that a client lets the model call, with what its chat template is told beside them.
+"""
 
 import json
 from dataclasses import dataclass
@@ -101,6 +103,9 @@ def _content(fields: FieldReader) -> str:
     if not texts:
         raise fields.wrong("content", "a string, or a list of text parts, of which it has none")
     return "\n".join(texts)
+
+
+# Functions.
 
 
 _MOST_TOOLS = 128

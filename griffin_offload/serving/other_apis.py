@@ -1,4 +1,4 @@
-"""OpenAI's responses: a body made a chat's, and an answer told in its form.
+"""The other two APIs, OpenAI's responses and Anthropic's messages: a body made a chat's, and an answer in their form.
 
 One turn of text, thoughts and function calls, whole or streamed. Nothing is kept between requests: what asks for that
 is refused by name.
@@ -14,6 +14,9 @@ from griffin_offload.serving.messages import call_of
 from griffin_offload.serving.queue import Figures, Finished, Piece
 from griffin_offload.serving.responses import Choice, Response, named_event, usage
 from griffin_offload.serving.validation import FieldReader, Values, list_of_objects, texts_of, unsupported
+
+# Responses.
+
 
 _RESPONSES_SAME = (
     *("model", "stream", "temperature", "top_p", "tool_choice", "parallel_tool_calls", "density", "exact"),
@@ -209,6 +212,9 @@ def _responses_usage(figures: Figures) -> Values:
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": counted["total_tokens"],
     }
+
+
+# Messages.
 
 
 _MESSAGES_SAME = ("model", "stream", "temperature", "top_p", "top_k", "density", "exact", "min_p")

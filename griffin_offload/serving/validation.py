@@ -1,9 +1,13 @@
-"""What a client is told when it gets no answer: OpenAI's error form and a status."""
+"""Reading a JSON object field by field: every value is checked, and what nobody asked for is refused. And what a client
+is told when it gets no answer: OpenAI's error form and a status.
+"""
 
 import json
 import math
 from collections.abc import Collection, Mapping
 from typing import Any
+
+# What a client is told.
 
 
 class ApiError(Exception):
@@ -97,6 +101,9 @@ def broken() -> ApiError:
     return ApiError(
         500, "the request failed inside the server; its log says more", code="internal_error", headers=NO_RETRY
     )
+
+
+# The fields of a body.
 
 
 Values = dict[str, Any]
