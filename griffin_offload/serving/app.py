@@ -12,10 +12,9 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from griffin_offload.config import ServeConfig
-from griffin_offload.serving.auth import AccessGuard
+from griffin_offload.serving.auth import AccessGuard, page_and_headers
 from griffin_offload.serving.metrics import Metrics
 from griffin_offload.serving.other_apis import MessagesForm, ResponsesForm, chat_of_messages, chat_of_responses
-from griffin_offload.serving.page import page_and_headers
 from griffin_offload.serving.queue import Done, Event, Failed, Job, Progress
 from griffin_offload.serving.requests import (
     ENDPOINTS,

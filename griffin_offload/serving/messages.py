@@ -51,11 +51,11 @@ def _message(value: object, where: str) -> Message:
     calls = _calls(fields) if role == "assistant" else []
     message = {"role": role, "content": "" if calls and fields.raw("content") is None else _content(fields)}
     more = {name: fields.text(name) for name in own if name != "tool_calls"}
-    return message | {name: text for name, text in more.items() if text is not None} | _if_any("tool_calls", calls)
-
-
-def _if_any(name: str, found: list[Any]) -> dict[str, Any]:
-    return {name: found} if found else {}
+    return (
+        message
+        | {name: text for name, text in more.items() if text is not None}
+        | ({"tool_calls": calls} if calls else {})
+    )
 
 
 def _calls(fields: FieldReader) -> list[dict[str, Any]]:
