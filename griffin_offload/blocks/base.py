@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from griffin_offload.devices.memory import untouched_zeros
 from griffin_offload.formats.base import Format, Spec
 from griffin_offload.method.allocation import Counts
-from griffin_offload.method.statistic import squared_statistic, weighted_sum
+from griffin_offload.method.selection import squared_statistic, weighted_sum
 
 ALIGNMENT = 256  # of each tensor in a flat buffer: what CUDA copies and vector units like
 

@@ -65,11 +65,15 @@ class Module:
     tensors: Mapping[str, StoredTensor]
     maps: FileMaps
 
+    def there(self, suffix: str) -> StoredTensor:
+        """The tensor, of any type and shape; CheckpointError for none."""
+        if suffix not in self.tensors:
+            raise CheckpointError(f"{self.name} lacks its {suffix}: download the checkpoint again")
+        return self.tensors[suffix]
+
     def need(self, suffix: str, types: Sequence[torch.dtype], *shape: int | None) -> StoredTensor:
         """The tensor, of one of these types and this shape, None being any size; CheckpointError otherwise."""
-        found = self.tensors.get(suffix)
-        if found is None:
-            raise CheckpointError(f"{self.name} lacks its {suffix}: download the checkpoint again")
+        found = self.there(suffix)
         fits = len(found.shape) == len(shape) and all(
             wanted in (None, size) for wanted, size in zip(shape, found.shape, strict=True)
         )
@@ -141,9 +145,7 @@ def _grid(
     module: Module, suffix: str, part: int, size: tuple[int, int], packing: Packing
 ) -> tuple[StoredTensor, Spread]:
     """The scales, or zero points, of a matrix of `size`, of which there may be one for all."""
-    found = module.tensors.get(suffix)
-    if found is None:
-        raise CheckpointError(f"{module.name} lacks its {suffix}: download the checkpoint again")
+    found = module.there(suffix)
     types = (*_FLOATS, *_F8, *_I8, torch.float8_e8m0fnu)
     rows, columns = (*found.shape, 1, 1)[:2]
     if len(found.shape) > 2 or found.dtype not in types or 0 in found.shape or rows > size[0] or columns > size[1]:

@@ -26,8 +26,7 @@ from griffin_offload.cli.options import (
     thinking_flag,
 )
 from griffin_offload.cli.plan import plan_lines
-from griffin_offload.cli.progress import Bar
-from griffin_offload.cli.prompt import adopt_saved
+from griffin_offload.cli.terminal import Bar, adopt_saved
 from griffin_offload.config import ChatConfig, LoadConfig, Overflow
 from griffin_offload.errors import GriffinError, UsageError, as_line
 from griffin_offload.units import format_bytes
@@ -128,7 +127,7 @@ class Terminal:
             self._commands[name]()
 
     def _answer(self, text: str) -> None:
-        from griffin_offload.cli.prompt import TextPrinter
+        from griffin_offload.cli.terminal import TextPrinter
 
         check_utf8(text, "the message")
         model, quiet = self._session.model, self._quiet or self._as_json

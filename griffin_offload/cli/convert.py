@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from griffin_offload.cli.options import Commands, add_adapter_option, add_model_option, model_of, quiet_libraries
-from griffin_offload.cli.progress import Bar
+from griffin_offload.cli.terminal import Bar
 from griffin_offload.config import FORMAT_NAMES, TABLE_FORMATS, TIERS
 from griffin_offload.units import format_bytes
 

@@ -27,7 +27,7 @@ from griffin_offload.cli.options import (
     parse_density,
     quiet_libraries,
 )
-from griffin_offload.cli.progress import Bar
+from griffin_offload.cli.terminal import Bar
 from griffin_offload.config import FORMAT_NAMES, MIXED, LoadConfig, WindowStart
 from griffin_offload.errors import UsageError
 from griffin_offload.evaluation.config import EvalConfig

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from griffin_offload.cli.eval import add_measuring_options, add_variant_options, columns, variants_of
 from griffin_offload.cli.options import add_memory_options, add_model_option, model_of, quiet_libraries
-from griffin_offload.cli.progress import Bar
+from griffin_offload.cli.terminal import Bar
 from griffin_offload.config import BosRule, EvalMode
 from griffin_offload.errors import GriffinError, UsageError
 from griffin_offload.evaluation.config import TasksConfig

@@ -18,7 +18,7 @@ from griffin_offload.cli.options import (
     model_of,
     quiet_libraries,
 )
-from griffin_offload.cli.progress import Bar
+from griffin_offload.cli.terminal import Bar
 from griffin_offload.config import FORMAT_NAMES, ExportForm, LoadConfig, SelectionMethod
 from griffin_offload.errors import UsageError
 from griffin_offload.units import format_bytes

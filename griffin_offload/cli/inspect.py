@@ -17,8 +17,7 @@ from griffin_offload.cli.options import (
     parse_density,
     quiet_libraries,
 )
-from griffin_offload.cli.progress import Bar
-from griffin_offload.cli.prompt import prompt_text, tokenize
+from griffin_offload.cli.terminal import Bar, prompt_text, tokenize
 from griffin_offload.config import FORMAT_NAMES, MIXED, LoadConfig, RunConfig
 from griffin_offload.errors import DoesNotFit, UsageError
 from griffin_offload.evaluation.config import InspectConfig

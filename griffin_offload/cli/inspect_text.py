@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from griffin_offload.checkpoint.files import write_text
 from griffin_offload.cli.eval import fractions, load_streamed, selections
 from griffin_offload.cli.options import model_of, quiet_libraries
-from griffin_offload.cli.progress import Bar
+from griffin_offload.cli.terminal import Bar
 from griffin_offload.errors import UsageError
 from griffin_offload.evaluation.config import EvalConfig, InspectConfig
 from griffin_offload.evaluation.plots import check_matplotlib, draw, make_directory

@@ -20,8 +20,7 @@ from griffin_offload.cli.options import (
     stops_of,
 )
 from griffin_offload.cli.plan import plan_lines
-from griffin_offload.cli.progress import Bar
-from griffin_offload.cli.prompt import PromptCache, is_demos, prompt_text, tokenize
+from griffin_offload.cli.terminal import Bar, PromptCache, is_demos, prompt_text, tokenize
 from griffin_offload.config import LoadConfig, RunConfig
 from griffin_offload.errors import UsageError, unreadable
 
@@ -147,7 +146,7 @@ def _generate(
     import torch
     from transformers import StoppingCriteriaList
 
-    from griffin_offload.cli.prompt import TextPrinter
+    from griffin_offload.cli.terminal import TextPrinter
     from griffin_offload.engine.arguments import ONE_ANSWER
     from griffin_offload.engine.generation import StopStrings, cut, finish_of
     from griffin_offload.serving.text_stream import whole_text

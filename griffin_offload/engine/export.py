@@ -24,14 +24,13 @@ from griffin_offload.checkpoint.files import write_text
 from griffin_offload.checkpoint.registry import open_checkpoint
 from griffin_offload.config import WEIGHT_NORMS, ExportForm, SelectionMethod
 from griffin_offload.engine.build import build
+from griffin_offload.engine.calibration import refitted, visit_moments
 from griffin_offload.engine.export_files import ExportFiles, KeptCounts, Smaller, files_of
 from griffin_offload.engine.model import GriffinModel
-from griffin_offload.engine.refit import refitted, visit_moments
 from griffin_offload.engine.shards import UNMEASURED, CopyDirectory, Reader, check_place
 from griffin_offload.errors import CheckpointError, UsageError, one_line
 from griffin_offload.formats import FLOATS
-from griffin_offload.method.selection import layer_generator, neurons_kept, select_neurons
-from griffin_offload.method.statistic import share_kept
+from griffin_offload.method.selection import layer_generator, neurons_kept, select_neurons, share_kept
 from griffin_offload.transformers_api import StockModel
 
 HELD_OUT = 4
@@ -135,7 +134,7 @@ def export(
     card: bool = False,
 ) -> Export:
     """Write `model` with the share `density` of every layer's neurons, those of `choice`, as `form` says. With prompts
-    to `refit` on, those of `choice`, the neurons that stay make up for the others (refit.py).
+    to `refit` on, those of `choice`, the neurons that stay make up for the others (`refitted` in calibration.py).
 
     The directory `out` must not exist yet, or hold the same export unfinished; with a `card` to come, it is unfinished
     until `write_card`. Raises what `check` raises, DoesNotFit

@@ -18,10 +18,10 @@ from griffin_offload.devices.memory import HOST_OVERHEAD_BYTES, OutOfMemoryAsErr
 from griffin_offload.devices.threads import limited_threads, own_modes
 from griffin_offload.engine.arguments import empty_context, prepared
 from griffin_offload.engine.chat import ChatSession
+from griffin_offload.engine.decoding import GeneratedAnswer, answers
 from griffin_offload.engine.generation import GenerationMode, GenerationState, ends_of, probabilities_named
 from griffin_offload.engine.layer_pass import Progress
 from griffin_offload.engine.load import load
-from griffin_offload.engine.many_answers import GeneratedAnswer, answers
 from griffin_offload.engine.model_interface import StockInterface, check_wait
 from griffin_offload.engine.options import checked_arguments, checked_prompt, translated
 from griffin_offload.engine.report import PrefillReport, RunReport

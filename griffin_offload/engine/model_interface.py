@@ -159,11 +159,14 @@ class _Last:
 class Guard:
     """A hook in front of the first layer: parts of the model run only inside a forward of the whole."""
 
-    def __init__(self, check: Callable[[], None], *, whole: bool) -> None:
-        """`check` is an engine's method, which is not kept alive; `whole` layers can do without."""
-        self._check, self._whole = weakref.WeakMethod(check), whole
+    def __init__(self, check: Callable[[], None], turns: "FifoLock", *, whole: bool) -> None:
+        """`check` is an engine's method, which is not kept alive, for whoever has not its turn; `whole` layers can do
+        without."""
+        self._check, self._turns, self._whole = weakref.WeakMethod(check), turns, whole
 
     def __call__(self, *_: Any) -> None:
+        if self._turns.mine:
+            return
         check = self._check()
         if check is not None:
             check()

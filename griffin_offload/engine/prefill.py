@@ -18,9 +18,16 @@ from griffin_offload.devices.memory import give_back_freed
 from griffin_offload.engine.layer_pass import DecoderLayers, LayerPass, Progress, StreamFeed, Visitor
 from griffin_offload.engine.report import PrefillReport
 from griffin_offload.kv_cache.sequence import Statistic
-from griffin_offload.method.allocation import split_levels
-from griffin_offload.method.selection import layer_generator, score_of, select_neurons
-from griffin_offload.method.statistic import share_kept, shared_score, split_at, split_tokens
+from griffin_offload.method.selection import (
+    layer_generator,
+    score_of,
+    select_neurons,
+    share_kept,
+    shared_score,
+    split_at,
+    split_levels,
+    split_tokens,
+)
 
 # After so many bytes of hidden states, on the CPU, freed memory is given back: it costs a few ms then.
 GIVE_BACK_BYTES = 32 * 2**20

@@ -82,7 +82,9 @@ class ModelRunner:
         self.border = rope_border(loaded.model.config, type(loaded.model))
         self.turns, self._closed = FifoLock(), False
         hand_out(loaded.model, self)
-        loaded.layers.decoder[0].register_forward_pre_hook(Guard(self._check_whole, whole=not plan.streamed))
+        loaded.layers.decoder[0].register_forward_pre_hook(
+            Guard(self._check_whole, self.turns, whole=not plan.streamed)
+        )
         self.graphs: DecodeGraphs | None = None  # captured decode steps, on a device that has such
         self.kept_cache = ReusedKVCache(loaded.model.config, plan.kv_bits)
         layouts = [layout.name for format in self.shape.formats for layout in format.layouts()]
@@ -147,9 +149,7 @@ class ModelRunner:
                 yield
 
     def _check_whole(self) -> None:
-        """Before the first layer: the layers' neurons are those of some prompt outside of our own forwards."""
-        if self.turns.mine:
-            return
+        """Before the first layer, outside of our own forwards: the layers' neurons are those of some prompt."""
         self.check_open()
         if self.plan.streamed:
             raise UsageError(

@@ -12,8 +12,7 @@ from griffin_offload.engine.model import GriffinModel
 from griffin_offload.engine.prefill import SHORT_PROMPT_TOKENS
 from griffin_offload.evaluation.simulation import observe
 from griffin_offload.method.allocation import Counts, bits_gained, distortion_of
-from griffin_offload.method.selection import neurons_kept
-from griffin_offload.method.statistic import ROWS_AT_ONCE, split_tokens, squared_statistic
+from griffin_offload.method.selection import ROWS_AT_ONCE, neurons_kept, split_tokens, squared_statistic
 
 # Flocking: how alike the tokens of a sequence are in the neurons they use, and sequences among each other (paper,
 # section 4.1 and figures 1, 2, 6 to 11).

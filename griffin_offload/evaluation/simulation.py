@@ -19,8 +19,7 @@ from griffin_offload.engine.model import GriffinModel
 from griffin_offload.errors import BudgetExceeded, UnsupportedModel, UsageError
 from griffin_offload.evaluation.samples import Batch, Sample, Scores, columns_of, score_rows, stack_of, stock_head
 from griffin_offload.evaluation.simulated_pass import NeuronChoice, Observer, PassSize, SimulatedPass, Sizer
-from griffin_offload.method.selection import layer_generator, neurons_kept
-from griffin_offload.method.statistic import share_kept
+from griffin_offload.method.selection import layer_generator, neurons_kept, share_kept
 from griffin_offload.method.variants import Variant, choose, distribution, global_counts
 
 # What each row of a simulated pass keeps: rows are samples times variants, the full model first.

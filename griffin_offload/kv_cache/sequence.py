@@ -10,7 +10,7 @@ from griffin_offload.blocks.states import RopeBorder
 from griffin_offload.config import BatchStatistic
 from griffin_offload.kv_cache.kv_cache import KVCache
 from griffin_offload.kv_cache.kv_layer import States, copies_bytes
-from griffin_offload.method import statistic
+from griffin_offload.method.selection import share_kept, shared_score
 from griffin_offload.transformers_api import StockCache
 
 # Which neurons a KV cache goes on with: those that its own prompt chose, whoever was asked in between.
@@ -222,7 +222,7 @@ class Context:
     def shares_kept(self, formula: BatchStatistic) -> dict[int, float]:
         """The same of each layer that has not all its neurons."""
         return {
-            index: float(statistic.share_kept(statistic.shared_score(squared, formula), self.selected[index]))
+            index: float(share_kept(shared_score(squared, formula), self.selected[index]))
             for index, squared in self.squared.items()
         }
 

@@ -6,7 +6,8 @@ away most error: a neuron of large energy gets more bits, and only when the last
 is left out. Taken one after another, such steps give for any number of bytes the least error that these can buy
 (Cover and Thomas, Elements of Information Theory, section 10.3.3, with levels for rates).
 
-The counts are of a model's layers, for good; which neurons get the bits, each prompt says (`split_levels`).
+The counts are of a model's layers, for good; which neurons get the bits, each prompt says
+(`split_levels` in selection.py).
 """
 
 import math
@@ -151,15 +152,6 @@ def bits_gained(energies: Tensor) -> float:
     arithmetic over the geometric mean of the energies [F]."""
     fired = energies[energies > 0].double()
     return 0.5 * math.log2(float(fired.mean()) / math.exp(float(fired.log().mean()))) if fired.numel() else 0.0
-
-
-def split_levels(score: Tensor, chosen: Tensor, counts: Counts) -> Tensor:
-    """`chosen` [K], of which those of the largest `score` [F] come first, as many as the first of `counts` says, and so
-    on; the indices of each level rise."""
-    if len(counts) == 1:
-        return chosen
-    ranked = chosen[score[chosen].argsort(descending=True, stable=True)]
-    return torch.cat([level.sort().values for level in ranked.split(counts)])
 
 
 def tier_shares(precision: str, tiers: dict[str, int], density: float) -> str:

@@ -79,11 +79,6 @@ class ExpertCache:
         return sorted(self._place_of)
 
     @property
-    def restricted(self) -> bool:
-        """Whether routing is kept to residents when tokens are decoded."""
-        return self._restricted
-
-    @property
     def keeps_choice(self) -> bool:
         """Whether residents stay those that a prompt has chosen."""
         return self._restricted or self._by_host

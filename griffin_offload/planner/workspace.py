@@ -14,7 +14,7 @@ from griffin_offload.kernels.recording import recorded_bytes
 from griffin_offload.kv_cache.sequence import snapshot_bytes, statistic_bytes
 from griffin_offload.kv_cache.workload import Workload
 from griffin_offload.method.allocation import Counts
-from griffin_offload.method.statistic import sharing_bytes, summing_bytes
+from griffin_offload.method.selection import sharing_bytes, summing_bytes
 from griffin_offload.planner.request import PlanRequest
 
 # FF activations of one chunk take at most this share of a slot, and a chunk at most so many tokens.

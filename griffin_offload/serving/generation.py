@@ -17,8 +17,15 @@ from griffin_offload.engine.report import RunReport
 from griffin_offload.engine.scheduler import SequenceScheduler
 from griffin_offload.errors import DoesNotFit
 from griffin_offload.kv_cache.sequence import Context
-from griffin_offload.serving.answer_parts import Part, PartsShown, parts_shown
-from griffin_offload.serving.logprobs import CountPenalties, LogitBias, LogprobRecorder, TokenLogprob
+from griffin_offload.serving.answer_parts import (
+    CountPenalties,
+    LogitBias,
+    LogprobRecorder,
+    Part,
+    PartsShown,
+    TokenLogprob,
+    parts_shown,
+)
 from griffin_offload.serving.queue import Finish, Finished, Job, Piece, Progress
 from griffin_offload.serving.requests import NO_PENALTIES, sampling_of
 from griffin_offload.serving.text_stream import Detokeniser, StopHolder, whole_text
@@ -345,12 +352,10 @@ class JobBeside:
         sequence, answer, job = self.sequence, self._answer, self.job
         assert sequence is not None and answer is not None, "an answer has begun"  # noqa: PT018
         self.sequence = None
-        if sequence.error is not None:
-            raise sequence.error
-        assert sequence.report is not None, "it has ended well"
-        self._generation.finish(answer, self._choice, sequence.report, self._of_prompt)
+        report = sequence.result()
+        self._generation.finish(answer, self._choice, report, self._of_prompt)
         first = self._choice % job.request.n == 0
-        job.figures.add(sequence.report, first=first)
+        job.figures.add(report, first=first)
         self._choice += 1
         if self._choice % job.request.n == 0:
             self.close()

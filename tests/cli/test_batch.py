@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from fork_server import ForkServer
 
-from griffin_offload.serving.api_errors import ApiError
 from griffin_offload.serving.batch import AnswerFile, in_turns
 from griffin_offload.serving.model_manager import LoadedModel, ModelManager
+from griffin_offload.serving.validation import ApiError
 
 OPTIONS = ("--device", "cpu", "--density", 0.5, "--max-mem", "1GB", "--served-name", "tiny")
 WORDS = ["the", "cat", "sat", "on", "a", "private", "river", "and", "she", "was", "there", "with", "all", "of", "them"]

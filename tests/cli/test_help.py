@@ -2,9 +2,11 @@
 
 import argparse
 import dataclasses
+import inspect
 import json
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
@@ -166,11 +168,11 @@ def test_every_flag_is_asked_for():
     """By name in the file of its command or in what commands share, or as a field of a dataclass that takes all."""
     kinds = filter(dataclasses.is_dataclass, (vars(config) | vars(measuring)).values())
     taken = {field.name for kind in kinds for field in dataclasses.fields(kind)}
-    shared = "".join((FILES / f"{name}.py").read_text() for name in ("options", "prompt", "eval", "inspect_text"))
+    shared = "".join((FILES / f"{name}.py").read_text() for name in ("options", "terminal", "eval", "inspect_text"))
     for parser in _parsers(build_parser()):
         if not parser._subparsers:
-            name = "_".join(parser.prog.split()[1:])
-            asked = set(re.findall(r'arguments(?:\.|, ")(\w+)', shared + (FILES / f"{name}.py").read_text()))
+            module = sys.modules[parser.get_default("command").__module__]
+            asked = set(re.findall(r'arguments(?:\.|, ")(\w+)', shared + inspect.getsource(module)))
             unasked = {action.dest for action in parser._actions} - taken - asked - {"help"}
             assert not unasked, parser.prog
 

@@ -34,7 +34,7 @@ def test_every_token_is_shown_when_it_comes(writes_code: Path, monkeypatch: pyte
     import torch
     from transformers import AutoTokenizer
 
-    from griffin_offload.cli.prompt import TextPrinter
+    from griffin_offload.cli.terminal import TextPrinter
 
     tokenizer, shown = AutoTokenizer.from_pretrained(writes_code), io.StringIO()
     monkeypatch.setattr(sys, "stdout", shown)

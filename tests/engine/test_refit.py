@@ -10,7 +10,7 @@ from tiny_models import ARCHITECTURES, KINDS, quick_first
 from transformers import AutoModelForCausalLM
 
 from griffin_offload.engine import export as runtime
-from griffin_offload.engine.refit import RIDGE
+from griffin_offload.engine.calibration import RIDGE
 from griffin_offload.errors import UsageError
 
 

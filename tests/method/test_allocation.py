@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from griffin_offload.method.allocation import Allocation, Level, bits_gained, split_levels, typical_energies
+from griffin_offload.method.allocation import Allocation, Level, bits_gained, typical_energies
+from griffin_offload.method.selection import split_levels
 
 LEVELS = (Level(8.1, 1e-4), Level(4.5, 0.008), Level(3.5, 0.033), Level(2.5, 0.14))
 

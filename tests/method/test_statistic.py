@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import shared_statistic_float64, statistic_float64
 
-from griffin_offload.method.statistic import share_kept, shared_score, split_tokens, squared_statistic
+from griffin_offload.method.selection import share_kept, shared_score, split_tokens, squared_statistic
 
 _shapes = st.tuples(st.integers(1, 3), st.integers(1, 300), st.integers(1, 40))
 

@@ -1,4 +1,4 @@
-"""What run, chat and inspect share: which prompt, its tokens, and the answer as it is printed."""
+"""What commands share of the terminal: which prompt and its tokens, the answer as it is printed, how far a pass is."""
 
 import argparse
 import os
@@ -193,3 +193,31 @@ class TextPrinter:
     def _print(self, text: str) -> None:
         if text:
             print(text, end="", flush=True)
+
+
+# How far a pass or a file is, on stderr if that is a terminal.
+
+
+class Bar:
+    """Vanishes when it is left, or at its end where that comes but `once`."""
+
+    def __init__(self, title: str, unit: str = "layer", *, quiet: bool, once: bool = False) -> None:
+        from tqdm import tqdm
+
+        self._once = once
+        self._bar = tqdm(
+            desc=title, unit=unit, unit_scale=unit == "B", leave=False, disable=quiet or None, file=sys.stderr
+        )
+
+    def step(self, done: int, total: int) -> None:
+        """So many layers or bytes are done, of so many."""
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+        if self._once and done == total:
+            self._bar.close()
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
