@@ -120,6 +120,15 @@ def test_every_rest_of_a_row_and_of_the_outputs(kind: Kind):
 
 
 @needs_kernels
+@of_all_processors
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7])
+def test_int8_of_inputs_that_crowd_the_first_cache(kind: Kind, rows: int):
+    """Their weights are brought to the second one before, in blocks, of which the last is no whole one."""
+    x = torch.randn(rows, 8333, generator=torch.Generator().manual_seed(rows)).bfloat16()
+    _check_int8(_kernels(**kind), x, 37, torch.float32)
+
+
+@needs_kernels
 @pytest.mark.parametrize("kind", [*KINDS, LANES])
 @pytest.mark.parametrize("bits", [4, 3, 2])
 @settings(max_examples=20)  # of each of fifteen
@@ -134,6 +143,15 @@ def test_rows(kind: Kind, bits: int, data: st.DataObject, outputs: int, groups: 
     sizes = scales * stored.step * (stored.levels.double() + stored.offset.abs())  # which are added up apart
     found = _kernels(**kind).multiply_rows(x, codes, pairs, scale, bits=bits)
     _check(found, x, scales * stored.values, sizes, 32 if bits == 4 else 16, 8)
+
+
+@needs_kernels
+@of_all_processors
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7])
+def test_int8_of_inputs_that_crowd_the_first_cache(kind: Kind, rows: int):
+    """Their weights are brought to the second one before, in blocks, of which the last is no whole one."""
+    x = torch.randn(rows, 8333, generator=torch.Generator().manual_seed(rows)).bfloat16()
+    _check_int8(_kernels(**kind), x, 37, torch.float32)
 
 
 @needs_kernels

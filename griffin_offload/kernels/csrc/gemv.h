@@ -20,6 +20,17 @@ INLINED void fetch_ahead(const void *from, int lines) {
     for (int i = 0; i < lines; i++) __builtin_prefetch((const char *)from + AHEAD + 64 * i);
 }
 
+#define CROWDED 16384 /* bytes of numbers: half of a first cache */
+
+/* Whether the numbers that every output reads leave weights that pass too little of the first cache. They come from the
+ * second one then, a stream beside that of the weights, and some processors look ahead for one alone. */
+INLINED int crowds_first_cache(int64_t bytes) { return bytes > CROWDED; }
+
+/* Have weights in the second cache, in a stream by themselves. */
+INLINED void to_second_cache(const void *from, int64_t bytes) {
+    for (int64_t k = 0; k < bytes; k += 64) (void)*((const volatile char *)from + k);
+}
+
 /* Of a row where int4 rows are multiplied by bytes: its inputs, filled up with zeros. */
 INLINED int64_t filled_inputs(const Product *p) { return (p->inputs + FILLED - 1) / FILLED * FILLED; }
 

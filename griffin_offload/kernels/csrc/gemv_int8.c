@@ -113,23 +113,26 @@ VNNI INLINED void wide_outputs_of(const Product *p, int64_t start, int64_t end, 
     for (; start < end; start++) wide_outputs(p, start, first, 1, rows);
 }
 
-/* Where weights are asked for early, several outputs share a row's numbers; elsewhere memory is read twice as fast in one
- * stream. */
-VNNI INLINED void wide_rows(const Product *p, int64_t start, int64_t end, int64_t first, const int rows) {
-    if (p->ahead) wide_outputs_of(p, start, end, first, rows, rows > 2 ? MOST / 2 : MOST);
+/* Several outputs share a row's numbers where weights are asked for early, or lie in the second cache by now; elsewhere
+ * memory is read twice as fast in one stream. */
+VNNI INLINED void wide_rows(const Product *p, int64_t start, int64_t end, int64_t first, const int rows, int shared) {
+    if (shared) wide_outputs_of(p, start, end, first, rows, rows > 2 ? MOST / 2 : MOST);
     else wide_outputs_of(p, start, end, first, rows, 1);
 }
 
 VNNI void int8_by_vnni(const void *product, int64_t start, int64_t end) {
     const Product *p = product;
     const int64_t rows = p->rows * p->parts;
+    const int crowded = !p->ahead && crowds_first_cache(least(rows, MOST) * p->inputs * (int64_t)sizeof *p->numbers);
     for (int64_t some = start; some < end; some += AGAIN) {
         const int64_t last = least(some + AGAIN, end);
+        if (crowded) to_second_cache((const char *)p->weight + some * p->inputs, (last - some) * p->inputs);
+        const int shared = p->ahead || crowded;
         int64_t first = 0;
-        for (; first + 4 <= rows; first += 4) wide_rows(p, some, last, first, 4);
-        if (rows - first == 3) wide_rows(p, some, last, first, 3);
-        else if (rows - first == 2) wide_rows(p, some, last, first, 2);
-        else if (rows - first == 1) wide_rows(p, some, last, first, 1);
+        for (; first + 4 <= rows; first += 4) wide_rows(p, some, last, first, 4, shared);
+        if (rows - first == 3) wide_rows(p, some, last, first, 3, shared);
+        else if (rows - first == 2) wide_rows(p, some, last, first, 2, shared);
+        else if (rows - first == 1) wide_rows(p, some, last, first, 1, shared);
     }
 }
 
