@@ -122,11 +122,12 @@ def test_every_rest_of_a_row_and_of_the_outputs(kind: Kind):
 @needs_kernels
 @of_all_processors
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7])
-def test_int8_of_inputs_that_crowd_the_first_cache(kind: Kind, rows: int):
+def test_inputs_that_crowd_the_first_cache(kind: Kind, rows: int):
     """Their weights are brought to the second one before, in blocks, of which the last is no whole one."""
     seed = rows + 10 * kind["wide"] + 20 * kind["ahead"]  # what another kind has left in memory is no right answer here
-    x = torch.randn(rows, 8333, generator=torch.Generator().manual_seed(seed)).bfloat16()
-    _check_int8(_kernels(**kind), x, 37, torch.float32)
+    x = torch.randn(rows, 13696, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    _check_int8(_kernels(**kind), x[:, :8333], 37, torch.float32)
+    _check_rows(_kernels(**kind), x, 37, torch.float32, 4)
 
 
 @needs_kernels
@@ -137,12 +138,17 @@ def test_int8_of_inputs_that_crowd_the_first_cache(kind: Kind, rows: int):
 def test_rows(kind: Kind, bits: int, data: st.DataObject, outputs: int, groups: int, threads: int):
     """Numbers of groups that are no multiple of anything, any number of outputs."""
     torch.set_num_threads(threads)
-    x, (codes, pairs) = data.draw(inputs_of(groups * 32)), _packed(outputs, groups, bits)
+    x = data.draw(inputs_of(groups * 32))
+    _check_rows(_kernels(**kind), x, outputs, data.draw(st.sampled_from(DTYPES)), bits)
+
+
+def _check_rows(own: gemv.GemvKernels, x: Tensor, outputs: int, dtype: torch.dtype, bits: int) -> None:
+    codes, pairs = _packed(outputs, x.shape[1] // 32, bits)
     generator = torch.Generator().manual_seed(outputs)
-    scale = torch.rand(outputs, generator=generator).add(0.1).to(data.draw(st.sampled_from(DTYPES)))
+    scale = torch.rand(outputs, generator=generator).add(0.1).to(dtype)
     stored, scales = ref.of_bytes(codes, pairs), scale.double()[:, None]
     sizes = scales * stored.step * (stored.levels.double() + stored.offset.abs())  # which are added up apart
-    found = _kernels(**kind).multiply_rows(x, codes, pairs, scale, bits=bits)
+    found = own.multiply_rows(x, codes, pairs, scale, bits=bits)
     _check(found, x, scales * stored.values, sizes, 32 if bits == 4 else 16, 8)
 
 

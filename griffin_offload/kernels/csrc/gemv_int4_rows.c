@@ -94,6 +94,8 @@ AVX2 void int4_rows_by_avx2(const void *product, int64_t start, int64_t end) {
 
 /* By vectors twice as wide, which have the codes of four groups. */
 
+#define MOST 4   /* rows that are multiplied at once */
+#define TWICE 2  /* outputs, likewise */
 #define AGAIN 16 /* outputs whose codes pass again for every four rows */
 
 /* Which of 16 numbers, one a group, belong to the lanes of groups `first` to `first` + 3. */
@@ -102,67 +104,87 @@ VNNI INLINED __m512i lanes_of_four(int first) {
     return _mm512_add_epi32(four, _mm512_set1_epi32(first));
 }
 
-/* Add `count` groups, up to 16, of an output and of `rows` rows from `first`. */
+/* Add `count` groups, up to 16, of `outputs` outputs and of `rows` rows from `first`: what is read of a row serves all
+ * outputs, and codes all rows. */
 VNNI INLINED void add_sixteen(const Product *p, int64_t output, int64_t group, const int64_t count, int64_t first,
-                              __m512 (*total)[2], const int rows) {
-    const int64_t groups = groups_of(p), at = output * groups + group;
+                              __m512 (*total)[MOST][2], const int outputs, const int rows) {
+    const int64_t groups = groups_of(p);
     const __mmask16 wanted = (__mmask16)((1u << count) - 1);
-    __m512 step, offset, scale[4];
-    sixteen_steps(_mm256_maskz_loadu_epi16(wanted, p->groups + at * PAIR_BYTES), &step, &offset);
-    offset = _mm512_mul_ps(step, offset);
-    for (int r = 0; r < rows; r++) {
-        const int64_t here = (first + r) * groups + group;
-        scale[r] = _mm512_mul_ps(step, _mm512_maskz_loadu_ps(wanted, p->step + here));
-        total[r][0] = _mm512_fmadd_ps(offset, _mm512_maskz_loadu_ps(wanted, p->floats + here), total[r][0]);
+    __m512 scale[TWICE][MOST];
+    for (int o = 0; o < outputs; o++) {
+        __m512 step, offset;
+        sixteen_steps(_mm256_maskz_loadu_epi16(wanted, p->groups + ((output + o) * groups + group) * PAIR_BYTES), &step, &offset);
+        offset = _mm512_mul_ps(step, offset);
+        for (int r = 0; r < rows; r++) {
+            const int64_t here = (first + r) * groups + group;
+            scale[o][r] = _mm512_mul_ps(step, _mm512_maskz_loadu_ps(wanted, p->step + here));
+            total[o][r][0] = _mm512_fmadd_ps(offset, _mm512_maskz_loadu_ps(wanted, p->floats + here), total[o][r][0]);
+        }
     }
-    const uint8_t *codes = codes_of(p, at);
     const __m512i nibble = _mm512_set1_epi8(15), none = _mm512_setzero_si512();
 #pragma GCC unroll 4
     for (int four = 0; four < 4; four++) {
         const int64_t left = (count - 4 * four) * INT4_BYTES;
         if (left <= 0) break;
-        const uint8_t *from = codes + four * FOUR_BYTES;
-        if (p->ahead) fetch_ahead(from, 1);
-        const __m512i both = left >= FOUR_BYTES ? _mm512_loadu_si512(from)
-                                                : _mm512_maskz_loadu_epi8(((__mmask64)1 << left) - 1, from);
-        const __m512i low = _mm512_and_si512(both, nibble);
-        const __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
+        __m512i low[TWICE], high[TWICE];
+        for (int o = 0; o < outputs; o++) {
+            const uint8_t *from = codes_of(p, (output + o) * groups + group) + four * FOUR_BYTES;
+            if (p->ahead) fetch_ahead(from, 1);
+            const __m512i both = left >= FOUR_BYTES ? _mm512_loadu_si512(from)
+                                                    : _mm512_maskz_loadu_epi8(((__mmask64)1 << left) - 1, from);
+            low[o] = _mm512_and_si512(both, nibble);
+            high[o] = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
+        }
         for (int r = 0; r < rows; r++) {
             const int8_t *x = filled_bytes(p, first + r) + group * INT4_GROUP + 2 * four * FOUR_BYTES;
-            __m512i sum = _mm512_dpbusd_epi32(none, low, _mm512_loadu_si512(x));
-            sum = _mm512_dpbusd_epi32(sum, high, _mm512_loadu_si512(x + FOUR_BYTES));
-            const __m512 own = _mm512_permutexvar_ps(lanes_of_four(4 * four), scale[r]);
-            total[r][four % 2] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), own, total[r][four % 2]);
+            const __m512i lower = _mm512_loadu_si512(x), upper = _mm512_loadu_si512(x + FOUR_BYTES);
+            for (int o = 0; o < outputs; o++) {
+                __m512i sum = _mm512_dpbusd_epi32(none, low[o], lower);
+                sum = _mm512_dpbusd_epi32(sum, high[o], upper);
+                const __m512 own = _mm512_permutexvar_ps(lanes_of_four(4 * four), scale[o][r]);
+                total[o][r][four % 2] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), own, total[o][r][four % 2]);
+            }
         }
     }
 }
 
-VNNI INLINED void int4_bytes_output(const Product *p, int64_t output, int64_t first, const int rows) {
+VNNI INLINED void int4_bytes_outputs(const Product *p, int64_t output, int64_t first, const int outputs, const int rows) {
     const int64_t groups = groups_of(p), whole = groups / WIDE_LANES * WIDE_LANES;
-    __m512 total[4][2];
-    for (int r = 0; r < rows; r++) total[r][0] = total[r][1] = _mm512_setzero_ps();
+    __m512 total[TWICE][MOST][2];
+    for (int o = 0; o < outputs; o++)
+        for (int r = 0; r < rows; r++) total[o][r][0] = total[o][r][1] = _mm512_setzero_ps();
     for (int64_t group = 0; group < whole; group += WIDE_LANES)
-        add_sixteen(p, output, group, WIDE_LANES, first, total, rows);
-    if (whole < groups) add_sixteen(p, output, whole, groups - whole, first, total, rows);
-    for (int r = 0; r < rows; r++)
-        p->sums[(first + r) * p->outputs + output] = _mm512_reduce_add_ps(_mm512_add_ps(total[r][0], total[r][1])) * row_scale(p, output);
+        add_sixteen(p, output, group, WIDE_LANES, first, total, outputs, rows);
+    if (whole < groups) add_sixteen(p, output, whole, groups - whole, first, total, outputs, rows);
+    for (int o = 0; o < outputs; o++)
+        for (int r = 0; r < rows; r++)
+            p->sums[(first + r) * p->outputs + output + o] =
+                _mm512_reduce_add_ps(_mm512_add_ps(total[o][r][0], total[o][r][1])) * row_scale(p, output + o);
+}
+
+/* Outputs two at a time where their codes lie in the second cache by now. */
+VNNI INLINED void int4_bytes_rows(const Product *p, int64_t start, int64_t end, int64_t first, const int rows, int shared) {
+    for (; shared && start + TWICE <= end; start += TWICE) int4_bytes_outputs(p, start, first, TWICE, rows);
+    for (; start < end; start++) int4_bytes_outputs(p, start, first, 1, rows);
 }
 
 VNNI void int4_rows_by_vnni(const void *product, int64_t start, int64_t end) {
     const Product *p = product;
-    const int64_t rows = p->rows * p->parts;
+    const int64_t rows = p->rows * p->parts, groups = groups_of(p);
+    const int64_t each = filled_inputs(p) + groups * (int64_t)(sizeof *p->step + sizeof *p->floats);
+    const int crowded = !p->ahead && crowds_first_cache(least(rows, MOST) * each);
     /* Four rows' bytes stay in the first cache while a few outputs' codes, which the second one keeps, pass again. */
     for (int64_t some = start; some < end; some += AGAIN) {
-        const int64_t last = least(some + AGAIN, end);
+        const int64_t last = least(some + AGAIN, end), at = some * groups, count = (last - some) * groups;
+        if (crowded) {
+            to_second_cache(codes_of(p, at), count * INT4_BYTES);
+            to_second_cache(p->groups + at * PAIR_BYTES, count * PAIR_BYTES);
+        }
         int64_t first = 0;
-        for (; first + 4 <= rows; first += 4)
-            for (int64_t output = some; output < last; output++) int4_bytes_output(p, output, first, 4);
-        if (rows - first == 3)
-            for (int64_t output = some; output < last; output++) int4_bytes_output(p, output, first, 3);
-        else if (rows - first == 2)
-            for (int64_t output = some; output < last; output++) int4_bytes_output(p, output, first, 2);
-        else if (rows - first == 1)
-            for (int64_t output = some; output < last; output++) int4_bytes_output(p, output, first, 1);
+        for (; first + 4 <= rows; first += 4) int4_bytes_rows(p, some, last, first, 4, crowded);
+        if (rows - first == 3) int4_bytes_rows(p, some, last, first, 3, crowded);
+        else if (rows - first == 2) int4_bytes_rows(p, some, last, first, 2, crowded);
+        else if (rows - first == 1) int4_bytes_rows(p, some, last, first, 1, crowded);
     }
 }
 
