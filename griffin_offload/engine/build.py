@@ -36,7 +36,7 @@ from griffin_offload.formats.base import is_plain
 from griffin_offload.formats.linear import swap_tables
 from griffin_offload.formats.translated import stacked
 from griffin_offload.kernels import table
-from griffin_offload.kernels.attention_and_norm import each_token
+from griffin_offload.kernels.attention import each_token
 from griffin_offload.kernels.by_blocks import Scratch
 from griffin_offload.kernels.gemv import Known
 from griffin_offload.kernels.library import HALVES

@@ -35,9 +35,9 @@ from griffin_offload.engine.decode_graph import why_not_static
 from griffin_offload.engine.generation import tokens_of
 from griffin_offload.engine.model_interface import StockForward, one_token_each
 from griffin_offload.engine.report import GraphReport
-from griffin_offload.engine.step_replay import NOT_YET, MovingCopy, NotRecorded, ReplayedLayer, StepReplays
+from griffin_offload.engine.step_replay import NOT_YET, NotRecorded, ReplayedLayer, StepReplays, TokenWrite
 from griffin_offload.errors import one_line
-from griffin_offload.kernels.attention_and_norm import EachTokenJob, SeenTokens, each_token, elementwise_knows
+from griffin_offload.kernels.attention import EachTokenJob, SeenTokens, each_token
 from griffin_offload.kernels.recording import called_again, is_recording, unrecorded
 from griffin_offload.kv_cache.kv_cache import KVCache, can_cache
 from griffin_offload.kv_cache.kv_layer import KVLayer
@@ -74,9 +74,10 @@ class _JointLayer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(self, number: int, caches: Sequence[KVCache], implementation: str, lengths: Lengths) -> None:
         super().__init__()
         self.number, self.implementation, self.lengths = number, implementation, lengths
+        self._read: tuple[list[Tensor], list[Tensor]]  # what `update` gave, where tokens are appended by it
         self.hold(caches)
         self.is_sliding, self.is_initialized = self.layers[0].is_sliding, True
-        self._copies: list[tuple[MovingCopy, MovingCopy]] | None = None
+        self._writes: list[TokenWrite] | None = None
         self.jobs = list[EachTokenJob]()
         """Of attention that a recording knows."""
 
@@ -89,16 +90,13 @@ class _JointLayer(CacheLayerMixin):  # type: ignore[misc]
             keys, values = self._appended(key_states, value_states)
             return _JointStates(self, keys), _JointStates(self, values)
         with unrecorded():  # a window that moves does so now, in these KV caches
-            stored = [layer.plain_states for layer in self.layers]
-            moves = all(own is not None and elementwise_knows(key_states, value_states, *own) for own in stored)
+            kept = [layer.kept_states for layer in self.layers]
+            moves = all(own is not None and TokenWrite.knows((key_states, value_states), own) for own in kept)
             if moves:
                 self._advance()
         if moves:
-            rows = zip(key_states[:, :, 0], value_states[:, :, 0], self._seen, strict=True)
-            self._copies = [
-                (MovingCopy(key, seen.key, seen.end - 1), MovingCopy(value, seen.value, seen.end - 1))
-                for key, value, seen in rows
-            ]
+            rows = zip(key_states[:, :, 0], value_states[:, :, 0], self.rows, strict=True)
+            self._writes = [TokenWrite(*row) for row in rows]
         else:
             called_again(self._append, key_states, value_states)
         return _JointStates(self, None), _JointStates(self, None)
@@ -106,42 +104,42 @@ class _JointLayer(CacheLayerMixin):  # type: ignore[misc]
     @property
     def moves(self) -> bool:
         """Whether a recording knows how its tokens are written."""
-        return self._copies is not None
+        return self._writes is not None
 
     def _advance(self) -> None:
         """Count one token more of every sequence, and see it among the others; it is written later."""
-        self._seen = []
+        self.rows = []
         for layer in self.layers:
             place, first = layer.advance()
-            stored = layer.plain_states
-            assert stored is not None, "`update` has asked"
-            self._seen.append(SeenTokens(*stored, first, place + 1))
+            kept = layer.kept_states
+            assert kept is not None, "`update` has asked"
+            self.rows.append(SeenTokens(*kept, first, place + 1))
 
     def advance(self) -> int:
-        """Before a replay: have copies go behind what the caches hold now. Scores that attention will need room for."""
-        if self._copies is None:
+        """Before a replay: have tokens go behind what the caches hold now. Scores that attention will need room for."""
+        if self._writes is None:
             return 0
         self._advance()
-        for (key, value), seen in zip(self._copies, self._seen, strict=True):
-            key.go_to(seen.key, seen.end - 1)
-            value.go_to(seen.value, seen.end - 1)
+        for write, seen in zip(self._writes, self.rows, strict=True):
+            write.go_to(seen)
         heads = max((job.heads for job in self.jobs), default=0)
-        return heads * sum(seen.end - seen.first for seen in self._seen)
+        return heads * sum(seen.end - seen.first for seen in self.rows)
 
     def attend_with(self, scores: Tensor) -> None:
         """Have attention read what copies will write; that of other layers, too, which read this one's."""
         for job in self.jobs:
-            job.attend_to(self._seen, scores)
+            job.attend_to(self.rows, scores)
 
-    def seen(self) -> tuple[list[Tensor], list[Tensor]]:
+    def seen(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """What the newest token of every sequence attends to, keys and values apart, [1, heads, T, D] each."""
+        if not self.moves:
+            return self._read
         with unrecorded():  # a recording keeps what it sees views of
-            keys = [own.key[:, :, own.first : own.end] for own in self._seen]
-            return keys, [own.value[:, :, own.first : own.end] for own in self._seen]
+            pairs = [layer.read(own.first, own.end) for layer, own in zip(self.layers, self.rows, strict=True)]
+            return [key for key, _ in pairs], [value for _, value in pairs]
 
     def _append(self, key_states: Tensor, value_states: Tensor) -> None:
-        pairs = zip(*self._appended(key_states, value_states), strict=True)
-        self._seen = [SeenTokens(key, value, 0, key.shape[2]) for key, value in pairs]
+        self._read = self._appended(key_states, value_states)
 
     def _appended(self, key_states: Tensor, value_states: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         own = zip(self.layers, *(_apart(states, self.lengths) for states in (key_states, value_states)), strict=True)
@@ -151,7 +149,8 @@ class _JointLayer(CacheLayerMixin):  # type: ignore[misc]
     def hold(self, caches: Sequence[KVCache]) -> None:
         """Be a layer of these KV caches, or of none, from now on."""
         self.layers: list[KVLayer] = [cache.layers[self.number] for cache in caches]
-        self._seen = list[SeenTokens]()
+        self.rows = list[SeenTokens]()  # what the newest token of each attends to
+        self._read = [], []
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return max(layer.get_mask_sizes(query_length) for layer in self.layers)
@@ -174,7 +173,7 @@ def _attend(
     if layer.moves:
         keys, values = layer.seen()
         if own_attention_takes(module, query, keys, values, **options):
-            return each_token(module, query, keys, values, jobs=layer.jobs, **options)
+            return each_token(module, query, keys, values, jobs=layer.jobs, rows=layer.rows, **options)
     return called_again(functools.partial(_attend_apart, module, layer, None, mask, options), query), None
 
 

@@ -18,9 +18,10 @@ from griffin_offload.engine.generation import tokens_of
 from griffin_offload.engine.model_interface import one_token_each
 from griffin_offload.engine.report import GraphReport
 from griffin_offload.errors import GriffinError, one_line
-from griffin_offload.kernels.attention_and_norm import COPY, elementwise_job, point_copy
+from griffin_offload.kernels.attention import AS_THEY_COME, KeptStates, KeptToken, SeenTokens, kernels_know
 from griffin_offload.kernels.library import library
 from griffin_offload.kernels.recording import recorded, unrecorded
+from griffin_offload.kernels.small_operators import COPY, elementwise_job, elementwise_knows, point_copy
 from griffin_offload.kv_cache.kv_cache import KVCache
 from griffin_offload.transformers_api import StockModel
 
@@ -49,20 +50,45 @@ Step = Callable[[dict[str, Any], Sequence[KVCache], list[ReplayedLayer]], Tensor
 """The logits [N, V] for inputs and KV caches; layers in the place of theirs are added to the list."""
 
 
-class MovingCopy:
-    """A copy of `source` [heads, D] that a recording knows, to a token of keys or values, another one every time."""
+class TokenWrite:
+    """A token's key and value, [heads, D] each, which a recording knows, become a sequence's newest, another one every
+    time."""
 
-    def __init__(self, source: Tensor, states: Tensor, token: int) -> None:
+    def __init__(self, key: Tensor, value: Tensor, seen: SeenTokens) -> None:
+        pairs = zip((key, value), seen[:2], strict=True)
+        self._writes = [
+            (_MovingCopy if kept.kind == AS_THEY_COME else KeptToken)(states, kept, seen.end - 1)
+            for states, kept in pairs
+        ]
+
+    @staticmethod
+    def knows(tokens: Sequence[Tensor], kept: Sequence[KeptStates]) -> bool:
+        """Whether there is one for keys and values [N, heads, 1, D], and for what a sequence keeps."""
+        return all(
+            elementwise_knows(states, *own.parts) if own.kind == AS_THEY_COME else kernels_know(own, states)
+            for states, own in zip(tokens, kept, strict=True)
+        )
+
+    def go_to(self, seen: SeenTokens) -> None:
+        """The next one is this sequence's."""
+        for write, kept in zip(self._writes, seen[:2], strict=True):
+            write.go_to(kept, seen.end - 1)
+
+
+class _MovingCopy:
+    """To keys or values that lie as they come."""
+
+    def __init__(self, token: Tensor, states: KeptStates, place: int) -> None:
         own = library()
         assert own is not None, "`elementwise_knows` was asked"
         with unrecorded():  # a recording keeps what it sees views of
-            self._job = elementwise_job(COPY, states[0, :, token], source)
+            self._job = elementwise_job(COPY, states.parts[0][0, :, place], token)
         own.call("elementwise", self._job)
 
-    def go_to(self, states: Tensor, token: int) -> None:
-        """The next copy goes to a token of `states` [1, heads, T, D], whose numbers lie side by side."""
-        _, head_step, token_step, _ = states.stride()
-        point_copy(self._job, states.data_ptr() + token * token_step * states.itemsize, head_step)
+    def go_to(self, states: KeptStates, place: int) -> None:
+        (numbers,) = states.parts
+        _, head_step, token_step, _ = numbers.stride()
+        point_copy(self._job, numbers.data_ptr() + place * token_step * numbers.itemsize, head_step)
 
 
 class _Scores:

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from griffin_offload.kernels.attention_and_norm import (
+from griffin_offload.kernels.library import Job, Kernel, Library, library, note_calls
+from griffin_offload.kernels.small_operators import (
     COPY,
     MOST_TABLES,
     OF_ONE_NUMBER,
@@ -36,7 +37,6 @@ from griffin_offload.kernels.attention_and_norm import (
     may_be_looked_up,
     table_of,
 )
-from griffin_offload.kernels.library import Job, Kernel, Library, library, note_calls
 
 _ALIGNED, _BLOCKS = 64, 256
 _aten = torch.ops.aten

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from griffin_offload.kernels import attention_and_norm, by_blocks, gather, gemm, gemv, gguf_blocks, quantize
+from griffin_offload.kernels import attention, by_blocks, gather, gemm, gemv, gguf_blocks, quantize, small_operators
 from griffin_offload.kernels.library import HALVES, NUMBER_TYPES, library, needs_gradient
 
 Tensors = Mapping[str, Tensor | None]
@@ -376,23 +376,21 @@ def _others_of_ours() -> list[Kernel]:
             for bits in _FEW_BITS
         ),
         Kernel(
-            *("attention", "one_token", "attend_to", attention_and_norm.one_token),
+            *("attention", "one_token", "attend_to", attention.one_token),
             **halves,
-            takes=attention_and_norm.takes_token,
+            takes=attention.takes_token,
         ),
         Kernel(
-            *("attention", "one_token", "attend_to, token by token", attention_and_norm.few_tokens),
+            *("attention", "one_token", "attend_to, token by token", attention.few_tokens),
             **halves,
-            takes=attention_and_norm.takes_few,
+            takes=attention.takes_few,
         ),
         Kernel(
-            *("attention", "each_token", "attend_to_each", attention_and_norm.each_token),
+            *("attention", "each_token", "attend_to_each", attention.each_token),
             **halves,
-            takes=attention_and_norm.takes_each,
+            takes=attention.takes_each,
         ),
-        Kernel(
-            "rms_norm", "rows", "rms_norm", attention_and_norm.rms_norm, **halves, takes=attention_and_norm.takes_rows
-        ),
+        Kernel("rms_norm", "rows", "rms_norm", small_operators.rms_norm, **halves, takes=small_operators.takes_rows),
     ]
 
 

@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 from griffin_offload.blocks.states import states_in
 from griffin_offload.config import KVBits
 from griffin_offload.errors import GriffinError
+from griffin_offload.kernels.attention import KeptStates
 from griffin_offload.kv_cache.store import KV_GROUP, STORES, DequantBuffer, Store, head_sizes
 from griffin_offload.kv_cache.workload import KV_SLACK_TOKENS, kv_tokens_kept
 from griffin_offload.transformers_api import DummyLayer
@@ -90,13 +91,18 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
         return read[0], read[1]
 
     @property
-    def plain_states(self) -> tuple[Tensor, Tensor] | None:
-        """Keys and values [B, heads, room, D] in which tokens lie as they come, to be written at the places that
-        `advance` says; None where they are codes, or nothing is there yet."""
-        if self.bits != 16 or not self._stores:
+    def kept_states(self) -> tuple[KeptStates, KeptStates] | None:
+        """Keys and values where they lie, to be written at the places that `advance` says; None where nothing is there
+        yet."""
+        if not self._stores:
             return None
         keys, values = self._stores
-        return keys.numbers, values.numbers
+        return keys.kept_states, values.kept_states
+
+    def read(self, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, heads, end - first, D] of tokens, by their places."""
+        keys, values = self._stores
+        return keys.read(first, end), values.read(first, end)
 
     def advance(self) -> tuple[int, int]:
         """Count one token more, which `put` will write: its place in the store, and that of the first one it sees."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from griffin_offload.config import KVBits
 from griffin_offload.devices.memory import untouched_zeros
 from griffin_offload.errors import UnsupportedModel
+from griffin_offload.kernels.attention import AS_THEY_COME, INT4_KEYS, INT4_VALUES, INT8, KeptStates
 
 _LARGEST_INT8, _LARGEST_INT4, _CODE_BITS = 127, 15, 4
 KV_GROUP = 32
@@ -24,10 +25,13 @@ PIECE_TOKENS = 128
 class Store:
     """`tokens` tokens of keys or of values like `like`, [B, heads, any, D], in their own dtype."""
 
+    kind: ClassVar[int] = AS_THEY_COME
+    _group = 0  # of keys in 4 bits, the one that lies as it came
+
     def __init__(self, like: Tensor, tokens: int) -> None:
-        batch, heads, _, size = like.shape
+        batch, heads, _, self._size = like.shape
         # Zeros: a static step reads what was never written, too, and weighs it with 0, which NaN would survive.
-        self._parts = [untouched_zeros((batch, heads, tokens, size), like.dtype, like.device)]
+        self._parts = [untouched_zeros((batch, heads, tokens, self._size), like.dtype, like.device)]
 
     @classmethod
     def shapes(cls, size: int, tokens: int) -> list[tuple[int, int]]:
@@ -44,9 +48,9 @@ class Store:
         return sum(part.nbytes for part in self._parts)
 
     @property
-    def numbers(self) -> Tensor:
-        """All that there is room for, [B, heads, tokens, D]: of a store that keeps them as they come."""
-        return self._parts[0]
+    def kept_states(self) -> KeptStates:
+        """Where they lie, for kernels."""
+        return KeptStates(tuple(self._parts), self._size, self.kind, self._group)
 
     @property
     def addresses(self) -> tuple[int, ...]:
@@ -156,6 +160,7 @@ class Int8Store(QuantizedStore):
     """Numbers as int8 [B, heads, tokens, D], and a scale [B, heads, tokens, 1] by which they are to be multiplied."""
 
     code_type = torch.int8
+    kind = INT8
 
     @classmethod
     def shapes(cls, size: int, tokens: int) -> list[tuple[int, int]]:
@@ -177,6 +182,7 @@ class Int4Values(QuantizedStore):
     of a head, the last ones may be fewer, have a step and a least number, [B, heads, tokens, 2 G], the steps first."""
 
     code_type = torch.uint8
+    kind = INT4_VALUES
 
     @classmethod
     def shapes(cls, size: int, tokens: int) -> list[tuple[int, int]]:
@@ -207,11 +213,7 @@ class Int4Keys(QuantizedStore):
     """
 
     code_type = torch.uint8
-
-    def __init__(self, like: Tensor, tokens: int, scratch: "DequantBuffer") -> None:
-        super().__init__(like, tokens, scratch)
-        self._group = 0
-        """Which one lies as it came."""
+    kind = INT4_KEYS
 
     @classmethod
     def types(cls, dtype: torch.dtype) -> list[torch.dtype]:

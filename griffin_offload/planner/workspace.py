@@ -8,9 +8,10 @@ from dataclasses import replace
 
 from griffin_offload.blocks.base import whole_chunk
 from griffin_offload.blocks.sizes import ModelSizes
-from griffin_offload.kernels.attention_and_norm import attending_bytes, tables_bytes
+from griffin_offload.kernels.attention import attending_bytes
 from griffin_offload.kernels.by_blocks import product_bytes
 from griffin_offload.kernels.recording import recorded_bytes
+from griffin_offload.kernels.small_operators import tables_bytes
 from griffin_offload.kv_cache.sequence import snapshot_bytes, statistic_bytes
 from griffin_offload.kv_cache.workload import Workload
 from griffin_offload.method.allocation import Counts

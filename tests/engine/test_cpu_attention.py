@@ -12,7 +12,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, eager_
 from griffin_offload import GriffinModel
 from griffin_offload.engine import build, spec
 from griffin_offload.kernels import table
-from griffin_offload.kernels.attention_and_norm import EachTokenJob, SeenTokens, attend
+from griffin_offload.kernels.attention import EachTokenJob, KeptStates, SeenTokens, attend
 from griffin_offload.kernels.library import library
 
 needs_kernel = pytest.mark.skipif(library() is None, reason="another processor, or no compiler")
@@ -188,10 +188,11 @@ def test_a_call_that_stays_attends_to_what_it_is_told():
     generator = torch.Generator().manual_seed(0)
     key, value = (torch.randn(1, 2, 40, 16, generator=generator).bfloat16() for _ in range(2))
     query, output = torch.randn(2, 6, 1, 16, generator=generator).bfloat16(), torch.empty(2, 6, 16)
+    kept = KeptStates((key,), 16), KeptStates((value,), 16)
     floats, scores, kernels = query.float(), torch.empty(6 * 60), library()
     job = EachTokenJob((floats.data_ptr(), output.data_ptr()), 0, (2, 2, 3, 16, 16), 0.25, 2)
     for ranges in ([(3, 33), (0, 1)], [(39, 40), (5, 40)]):
-        rows = [SeenTokens(key, value, *own) for own in ranges]
+        rows = [SeenTokens(*kept, *own) for own in ranges]
         job.attend_to(rows, scores.fill_(torch.nan))
         kernels.call("attend_to_each", job.packed)
         assert (~scores.isnan()).sum() == 6 * sum(end - first for first, end in ranges), "each has its places"
@@ -199,9 +200,9 @@ def test_a_call_that_stays_attends_to_what_it_is_told():
             alone = attend(query[i : i + 1], key[:, :, first:end], value[:, :, first:end], None, 0.25)
             assert torch.equal(output[i].bfloat16(), alone[0, 0])
     with pytest.raises(ValueError, match="359 scores"):
-        job.attend_to([SeenTokens(key, value, 0, 40), SeenTokens(key, value, 0, 20)], scores[1:])
-    with pytest.raises(ValueError, match=": 2 heads of 16"):
-        job.attend_to([SeenTokens(key[..., :8], value, 0, 1)] * 2, scores)
+        job.attend_to([SeenTokens(*kept, 0, 40), SeenTokens(*kept, 0, 20)], scores[1:])
+    with pytest.raises(ValueError, match=": 2 of 16"):
+        job.attend_to([SeenTokens(KeptStates((key,), 8), kept[1], 0, 1)] * 2, scores)
 
 
 @needs_kernel

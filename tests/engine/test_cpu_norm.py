@@ -11,8 +11,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from griffin_offload import GriffinModel
 from griffin_offload.engine.build import CpuNorm, use_own_norms
 from griffin_offload.kernels import table
-from griffin_offload.kernels.attention_and_norm import ROWS, rms_norm
 from griffin_offload.kernels.library import library
+from griffin_offload.kernels.small_operators import ROWS, rms_norm
 
 pytestmark = pytest.mark.skipif(library() is None, reason="another processor, or no compiler")
 

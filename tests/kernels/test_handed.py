@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from griffin_offload.kernels import attention_and_norm, gather, gemm, gemv, quantize
+from griffin_offload.kernels import attention, gather, gemm, gemv, quantize, small_operators
 from griffin_offload.kernels.library import Library, check, check_rows, library, number_type
 
 LOADED = library()
@@ -30,7 +30,7 @@ def _many() -> gemm.GemmKernels:
 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None) -> None:
-    attention_and_norm.attend(query, key, value, mask, 1.0)
+    attention.attend(query, key, value, mask, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -47,9 +47,9 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: t
         (lambda: _few().multiply_floats(HALF, HALF.half()), "the matrix, "),
         (lambda: _many().multiply("int8", HALF, INT8, ONES.long()), "the scale, "),
         (lambda: _many().multiply("int8", HALF, INT8[:, ::2], ONES), "the matrix, "),
-        (lambda: attention_and_norm.rms_norm(HALF.t(), torch.ones(3, dtype=torch.bfloat16), 1e-6), "x, "),
-        (lambda: attention_and_norm.rms_norm(HALF, torch.ones(64), 1e-6), "the weight, "),
-        (lambda: attention_and_norm.rms_norm(HALF.float(), torch.ones(64), 1e-6), "x, "),
+        (lambda: small_operators.rms_norm(HALF.t(), torch.ones(3, dtype=torch.bfloat16), 1e-6), "x, "),
+        (lambda: small_operators.rms_norm(HALF, torch.ones(64), 1e-6), "the weight, "),
+        (lambda: small_operators.rms_norm(HALF.float(), torch.ones(64), 1e-6), "x, "),
         (lambda: _attend(KEY[:, :, :1], KEY.half(), KEY), "the value, "),
         (lambda: _attend(KEY[:, :, :1], KEY.float(), KEY.float()), "the key, "),
         (lambda: _attend(KEY[:, :, :1], KEY.repeat(1, 1, 1, 2)[..., ::2], KEY), "the key, "),

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from griffin_offload.kernels.attention_and_norm import tables_bytes
 from griffin_offload.kernels.library import library
 from griffin_offload.kernels.recording import Recording, called_again, recorded
+from griffin_offload.kernels.small_operators import tables_bytes
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 needs_library = pytest.mark.skipif(library() is None, reason="the kernels are not compiled")

@@ -16,9 +16,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from griffin_offload.kernels import attention_and_norm, gemm, gemv, gguf_blocks, quantize, recording
+from griffin_offload.kernels import attention, gemm, gemv, gguf_blocks, quantize, recording, small_operators
 from griffin_offload.kernels import gather as gathering
 from griffin_offload.kernels import library as compiled
+from griffin_offload.kv_cache.store import DequantBuffer, Int4Keys, Int4Values, Int8Store, Store
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = DTYPES[1:]
@@ -76,12 +77,12 @@ def attend(r: random.Random, library: compiled.Library) -> None:
     value = torch.randn(batch, kv_heads, tokens + 5, value_size).to(dtype)[:, :, 5:]
     masks = [None, torch.rand(batch, 1, 1, tokens) < 0.7, torch.randn(1, kv_heads * shared, 1, tokens)]
     sinks = torch.randn(kv_heads * shared).to(dtype) if r.random() < 0.5 else None
-    attention_and_norm.attend(query, key, value, r.choice(masks), 0.3, sinks)
+    attention.attend(query, key, value, r.choice(masks), 0.3, sinks)
 
 
 def norms(r: random.Random, library: compiled.Library) -> None:
     size, dtype = r.randint(1, 300), r.choice(HALVES)
-    attention_and_norm.rms_norm(_numbers(r, r.randint(1, 5), size, dtype), torch.randn(size).to(dtype), 1e-6)
+    small_operators.rms_norm(_numbers(r, r.randint(1, 5), size, dtype), torch.randn(size).to(dtype), 1e-6)
 
 
 def quantise(r: random.Random, library: compiled.Library) -> None:
@@ -178,11 +179,11 @@ def replays(r: random.Random, library: compiled.Library) -> None:
     """Copies, sums and products of a few numbers, one by one and as one call, and attention in its turn."""
     sizes, dtype = [r.randint(0 if r.random() < 0.1 else 1, 20) for _ in range(r.randint(0, 4))], r.choice(DTYPES)
     calls, kept = list[recording.KernelCall](), list[Tensor]()
-    for operation in range(attention_and_norm.MULTIPLY + 1):
-        out = _in_steps(r, sizes, r.choice(DTYPES) if operation == attention_and_norm.COPY else dtype)
+    for operation in range(small_operators.MULTIPLY + 1):
+        out = _in_steps(r, sizes, r.choice(DTYPES) if operation == small_operators.COPY else dtype)
         spread = [[size if r.random() < 0.8 else 1 for size in sizes] for _ in range(2)]
-        given = [_in_steps(r, own, dtype) for own in spread][: 2 if operation > attention_and_norm.NEGATE else 1]
-        job = attention_and_norm.elementwise_job(operation, out, *given)
+        given = [_in_steps(r, own, dtype) for own in spread][: 2 if operation > small_operators.NEGATE else 1]
+        job = small_operators.elementwise_job(operation, out, *given)
         library.call("elementwise", job)
         calls.append(recording.KernelCall(library.functions.elementwise, job))
         kept += [out, *given]
@@ -195,23 +196,36 @@ def replays(r: random.Random, library: compiled.Library) -> None:
 def _attend_to_each(r: random.Random) -> list[Tensor]:
     """Attention of a token of some sequences, as steps are recorded; what it reads and writes."""
     count, kv_heads, shared, dtype = r.randint(1, 4), r.randint(1, 3), r.randint(1, 7), r.choice(HALVES)
-    size, width, heads = r.randint(1, 70), r.randint(1, 70), kv_heads * shared
+    size, width = (r.choice((16, 48, r.randint(1, 70))) for _ in range(2))
+    heads = kv_heads * shared
     rows = [_seen(r, kv_heads, size, width, dtype) for _ in range(count)]
     scores = torch.empty(heads * sum(row.end - row.first for row in rows))
     query, output = torch.randn(count, heads, size), torch.empty(count, heads, width)
     places, sizes = (query.data_ptr(), output.data_ptr()), (count, kv_heads, shared, size, width)
-    job = attention_and_norm.EachTokenJob(places, 0, sizes, 0.3, torch.get_num_threads())
+    job = attention.EachTokenJob(places, 0, sizes, 0.3, torch.get_num_threads())
     job.attend_to(rows, scores)
-    found = attention_and_norm.library()
+    found = attention.library()
     assert found is not None
     found.call("attend_to_each", job.packed)
-    return [query, output, scores, *(own for row in rows for own in (row.key, row.value))]
+    return [query, output, scores, *(part for row in rows for own in (row.key, row.value) for part in own.parts)]
 
 
-def _seen(r: random.Random, kv_heads: int, size: int, width: int, dtype: torch.dtype) -> attention_and_norm.SeenTokens:
+def _seen(r: random.Random, kv_heads: int, size: int, width: int, dtype: torch.dtype) -> attention.SeenTokens:
+    """In 16 bits, or in codes, where a size can be."""
     first, tokens = r.randint(0, 5), r.randint(1, 90)
-    key, value = (torch.randn(1, kv_heads, first + tokens, own).to(dtype) for own in (size, width))
-    return attention_and_norm.SeenTokens(key, value, first, first + tokens)
+    kept = []
+    for own, stores in ((size, (Int8Store, Int4Keys)), (width, (Int8Store, Int4Values))):
+        states = torch.randn(1, kv_heads, first + tokens, own).to(dtype)
+        store = (
+            r.choice(stores)(states, first + tokens, DequantBuffer())
+            if own % 16 == 0
+            else Store(states, first + tokens)
+        )
+        store.write(0, states)
+        kept.append(store.kept_states)
+        if own % 16 == 0:
+            attention.KeptToken(states[0, :, -1], kept[-1], first + tokens - 1)
+    return attention.SeenTokens(*kept, first, first + tokens)
 
 
 CALLS: tuple[Call, ...] = (few, many, attend, norms, quantise, blocks, gather, in_groups, replays)
@@ -221,7 +235,7 @@ def load(path: str) -> compiled.Library:
     """The library at `path` in place of the installed one, on threads that sanitizers understand."""
     library = compiled.Library(path)
     library.parallel = ctypes.cast(library.functions.plain_threads, ctypes.c_void_p)
-    for module in (attention_and_norm, gathering, gguf_blocks, quantize):
+    for module in (attention, gathering, gguf_blocks, quantize, small_operators):
         module.library = lambda: library  # type: ignore[attr-defined]
     return library
 

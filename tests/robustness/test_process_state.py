@@ -23,7 +23,7 @@ from griffin_offload.formats import base
 from griffin_offload.formats.compensation import Packed
 from griffin_offload.formats.int4 import INT4
 from griffin_offload.formats.int8 import INT8
-from griffin_offload.kernels import attention_and_norm, gemv
+from griffin_offload.kernels import attention, gemv, small_operators
 from griffin_offload.kernels.library import library
 
 OTHER_TYPES = (torch.bfloat16, torch.float16, torch.float64)
@@ -270,8 +270,8 @@ def test_kernels_under_a_default_type(default: torch.dtype):
                     kernels.multiply_strips(x, *_strips(neurons), ones.bfloat16()),
                     kernels.multiply_int8(x, numbers, scale),
                     kernels.multiply_floats(x, weight.bfloat16()),
-                    attention_and_norm.attend(query, key, key, seen, 0.25),
-                    attention_and_norm.rms_norm(x, ones.bfloat16(), 1e-6),
+                    attention.attend(query, key, key, seen, 0.25),
+                    small_operators.rms_norm(x, ones.bfloat16(), 1e-6),
                 ]
             )
     for found, expected in zip(*results, strict=True):

@@ -1,4 +1,5 @@
-/* Attention of one new token over 16-bit keys and values, on x86-64 with AVX2. Called by attention_and_norm.py.
+/* Attention of one new token over keys and values of 16 bits, or codes that become such, on x86-64 with AVX2. Called by
+ * attention.py.
  *
  * Scores, weights and sums are in float32. Keys and values are read once for all heads that share them.
  */
@@ -8,24 +9,24 @@
 
 #include <float.h>
 
-#include "float16.h"
+#include "kv_codes.h"
 #include "threads.h"
 
 #define BLOCK 64 /* tokens whose keys, or values, stay in the first cache while several heads read them */
-#define WIDTH 2  /* vectors of a head that are summed at once */
+#define SUMS 8   /* vectors that are summed at once, of as many heads as there are */
 #define TOGETHER 4 /* heads that read a key, or a value, at once */
 
-/* attention_and_norm.py packs these fields, in this order. */
+/* attention.py packs these fields, in this order. */
 typedef struct {
     const float *query; /* [batch, kv_heads, shared, size] */
-    const uint16_t *key, *value; /* [batch, kv_heads, tokens, size], tokens' numbers side by side */
     const float *mask; /* [batch, kv_heads, shared, tokens], by strides, is added to scores; or none */
     const float *sinks; /* [kv_heads, shared]: a score that takes its share of the weights, and has no value; or none */
     float *score; /* [batch, kv_heads, shared, tokens] */
     float *output; /* [batch, kv_heads, shared, value_size] */
-    int64_t batch, kv_heads, shared, tokens, key_size, value_size, type, threads;
-    int64_t key_strides[3], value_strides[3], mask_strides[3]; /* of batch, head (the mask's: of all heads) and token */
+    int64_t batch, kv_heads, shared, first, tokens, key_size, value_size, type, threads; /* `tokens` from `first` on */
+    int64_t mask_strides[3]; /* of batch, of all heads, and of token */
     float scaling;
+    Kept key, value; /* [batch, kv_heads, more than tokens, size] */
 } Attention;
 
 /* What four vectors' numbers are together, each as by `sum_of`. */
@@ -120,40 +121,48 @@ AVX2 INLINED void weigh(float *score, int64_t tokens, const float *sink) {
     for (int64_t t = 0; t < tokens; t++) score[t] /= total;
 }
 
+/* As many times `width` vectors of results as there are from number k on: where they end. */
+AVX2 INLINED int64_t add_vectors(const uint16_t *value, int64_t step, const float *weight, int64_t tokens, int64_t count,
+                                 float *output, int64_t size, int64_t k, const int heads, const int width, const int type) {
+    for (; k + width * LANES <= size; k += width * LANES) {
+        __m256 sum[TOGETHER][SUMS];
+        for (int h = 0; h < heads; h++)
+            for (int i = 0; i < width; i++) sum[h][i] = _mm256_loadu_ps(output + h * size + k + i * LANES);
+        for (int64_t t = 0; t < count; t++)
+            for (int i = 0; i < width; i++) {
+                const __m256 numbers = halves_at(value + t * step + k + i * LANES, type);
+                for (int h = 0; h < heads; h++)
+                    sum[h][i] = _mm256_fmadd_ps(_mm256_set1_ps(weight[h * tokens + t]), numbers, sum[h][i]);
+            }
+        for (int h = 0; h < heads; h++)
+            for (int i = 0; i < width; i++) _mm256_storeu_ps(output + h * size + k + i * LANES, sum[h][i]);
+    }
+    return k;
+}
+
 /* Add to the results of `heads`, up to TOGETHER, [value_size] each, the values of `count` tokens, each with its weight;
  * weights of the next head lie `tokens` further. */
-AVX2 INLINED void add_values(const Attention *a, const uint16_t *value, const float *weight, int64_t count,
+AVX2 INLINED void add_values(const Attention *a, const uint16_t *value, int64_t step, const float *weight, int64_t count,
                              float *output, const int heads, const int type) {
     const int64_t tokens = a->tokens, size = a->value_size;
     int64_t k = 0;
-    for (; k + WIDTH * LANES <= size; k += WIDTH * LANES) {
-        __m256 sum[TOGETHER][WIDTH];
-        for (int h = 0; h < heads; h++)
-            for (int i = 0; i < WIDTH; i++) sum[h][i] = _mm256_loadu_ps(output + h * size + k + i * LANES);
-        for (int64_t t = 0; t < count; t++) {
-            __m256 numbers[WIDTH];
-            for (int i = 0; i < WIDTH; i++) numbers[i] = halves_at(value + t * a->value_strides[2] + k + i * LANES, type);
-            for (int h = 0; h < heads; h++) {
-                const __m256 own = _mm256_set1_ps(weight[h * tokens + t]);
-                for (int i = 0; i < WIDTH; i++) sum[h][i] = _mm256_fmadd_ps(own, numbers[i], sum[h][i]);
-            }
-        }
-        for (int h = 0; h < heads; h++)
-            for (int i = 0; i < WIDTH; i++) _mm256_storeu_ps(output + h * size + k + i * LANES, sum[h][i]);
-    }
+    if (heads == 1) k = add_vectors(value, step, weight, tokens, count, output, size, k, 1, SUMS, type);
+    if (heads <= 2) k = add_vectors(value, step, weight, tokens, count, output, size, k, heads, SUMS / 2, type);
+    k = add_vectors(value, step, weight, tokens, count, output, size, k, heads, SUMS / 4, type);
     for (; k < size; k++)
         for (int h = 0; h < heads; h++)
             for (int64_t t = 0; t < count; t++)
-                output[h * size + k] += half_at(value + t * a->value_strides[2] + k, type) * weight[h * tokens + t];
+                output[h * size + k] += half_at(value + t * step + k, type) * weight[h * tokens + t];
 }
 
-/* `heads`, up to TOGETHER, of those that share keys and values, from `own` of all heads on. */
-AVX2 INLINED void score_heads(const Attention *a, const uint16_t *key, int64_t batch, int64_t own, int64_t start,
-                              int64_t end, const int heads, const int type) {
+/* `heads`, up to TOGETHER, of those that share keys and values, from `own` of all heads on: their scores of tokens from
+ * `start` to `end`, whose keys are here. */
+AVX2 INLINED void score_heads(const Attention *a, const uint16_t *key, int64_t step, int64_t batch, int64_t own,
+                              int64_t start, int64_t end, const int heads, const int type) {
     const int64_t first = batch * a->kv_heads * a->shared + own, tokens = a->tokens;
     for (int64_t t = start; t < end; t++) {
         float found[TOGETHER];
-        dots(a->query + first * a->key_size, key + t * a->key_strides[2], a->key_size, found, heads, type);
+        dots(a->query + first * a->key_size, key + (t - start) * step, a->key_size, found, heads, type);
         for (int h = 0; h < heads; h++) {
             float score = found[h] * a->scaling;
             if (a->mask)
@@ -164,38 +173,47 @@ AVX2 INLINED void score_heads(const Attention *a, const uint16_t *key, int64_t b
 }
 
 /* As many heads at once as there are, of those that are left: how many. */
-AVX2 INLINED int64_t score_some(const Attention *a, const uint16_t *key, int64_t batch, int64_t own, int64_t left,
-                                int64_t start, int64_t end, const int type) {
-    if (left >= 4) score_heads(a, key, batch, own, start, end, 4, type);
-    else if (left >= 2) score_heads(a, key, batch, own, start, end, 2, type);
-    else score_heads(a, key, batch, own, start, end, 1, type);
+AVX2 INLINED int64_t score_some(const Attention *a, const uint16_t *key, int64_t step, int64_t batch, int64_t own,
+                                int64_t left, int64_t start, int64_t end, const int type) {
+    if (left >= 4) score_heads(a, key, step, batch, own, start, end, 4, type);
+    else if (left >= 2) score_heads(a, key, step, batch, own, start, end, 2, type);
+    else score_heads(a, key, step, batch, own, start, end, 1, type);
     return left >= 4 ? 4 : left >= 2 ? 2 : 1;
 }
 
-AVX2 INLINED int64_t add_some(const Attention *a, const uint16_t *value, const float *weight, int64_t left, int64_t count,
-                              float *output, const int type) {
-    if (left >= 4) add_values(a, value, weight, count, output, 4, type);
-    else if (left >= 2) add_values(a, value, weight, count, output, 2, type);
-    else add_values(a, value, weight, count, output, 1, type);
+AVX2 INLINED int64_t add_some(const Attention *a, const uint16_t *value, int64_t step, const float *weight, int64_t left,
+                              int64_t count, float *output, const int type) {
+    if (left >= 4) add_values(a, value, step, weight, count, output, 4, type);
+    else if (left >= 2) add_values(a, value, step, weight, count, output, 2, type);
+    else add_values(a, value, step, weight, count, output, 1, type);
     return left >= 4 ? 4 : left >= 2 ? 2 : 1;
 }
 
 /* All heads that share the keys and values of one. */
 AVX2 INLINED void attend(const Attention *a, int64_t batch, int64_t head, const int type) {
-    const uint16_t *key = a->key + batch * a->key_strides[0] + head * a->key_strides[1];
-    const uint16_t *value = a->value + batch * a->value_strides[0] + head * a->value_strides[1];
     const int64_t own = head * a->shared, first = batch * a->kv_heads * a->shared + own, tokens = a->tokens;
     float *score = a->score + first * tokens, *output = a->output + first * a->value_size;
-    for (int64_t start = 0; start < tokens; start += BLOCK)
+    uint16_t room[ROOM];
+    int64_t step, block = block_tokens(&a->key, a->key_size, BLOCK);
+    for (int64_t start = 0; start < tokens; start += block) {
+        const int64_t end = least(start + block, tokens);
+        const uint16_t *key =
+            kept_tokens(&a->key, batch, head, a->first + start, end - start, a->key_size, room, &step, type);
         for (int64_t one = 0; one < a->shared;)
-            one += score_some(a, key, batch, own + one, a->shared - one, start, least(start + BLOCK, tokens), type);
+            one += score_some(a, key, step, batch, own + one, a->shared - one, start, end, type);
+    }
     for (int64_t one = 0; one < a->shared; one++)
         weigh(score + one * tokens, tokens, a->sinks ? a->sinks + own + one : 0);
     memset(output, 0, (size_t)(a->shared * a->value_size) * sizeof *output);
-    for (int64_t start = 0; start < tokens; start += BLOCK)
+    block = block_tokens(&a->value, a->value_size, BLOCK);
+    for (int64_t start = 0; start < tokens; start += block) {
+        const int64_t count = least(tokens - start, block);
+        const uint16_t *value =
+            kept_tokens(&a->value, batch, head, a->first + start, count, a->value_size, room, &step, type);
         for (int64_t one = 0; one < a->shared;)
-            one += add_some(a, value + start * a->value_strides[2], score + one * tokens + start, a->shared - one,
-                            least(tokens - start, BLOCK), output + one * a->value_size, type);
+            one += add_some(a, value, step, score + one * tokens + start, a->shared - one, count,
+                            output + one * a->value_size, type);
+    }
 }
 
 AVX2 INLINED void attend_one(const Attention *a, int64_t batch, int64_t head) {
@@ -212,7 +230,7 @@ void attend_to(const Attention *a, Parallel parallel) {
     in_parallel(parallel, a->threads, attend_part, a, a->batch * a->kv_heads, 1);
 }
 
-/* Rows of queries with keys and values of their own, of as many heads. attention_and_norm.py packs these fields, in this
+/* Rows of queries with keys and values of their own, of as many heads. attention.py packs these fields, in this
  * order. */
 typedef struct {
     int64_t count;

@@ -1,26 +1,98 @@
-"""What a new token passes beside its matrices: attention over 16-bit keys and values (attention.c), norms (rms_norm.c),
-and small operators (replay.c).
+"""Attention of a new token over keys and values where the KV cache keeps them, in 16, 8 or 4 bits (attention.c); codes,
+to which it is written as well (kv_codes.c), become numbers a few tokens at a time.
 
 torch's kernel of attention is made for many queries: for one it reads keys and values at a tenth of the memory's rate,
 and emulates every product where the processor has no instructions for 16 bits (benchmarks/NOTES.md).
 """
 
-import functools
 import struct
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from griffin_offload.kernels.library import HALVES, NUMBER_TYPES, check, library, needs_gradient
+from griffin_offload.kernels.library import HALVES, NUMBER_TYPES, Job, check, library, needs_gradient
 
+AS_THEY_COME, INT8, INT4_VALUES, INT4_KEYS = range(4)
+"""The enum of kv_codes.h."""
+_MULTIPLE, _LARGEST_HEAD = (
+    16,
+    4096,
+)  # of a head's numbers: whole vectors of both halves; some tokens fill the kernel's room
+_KEPT = struct.Struct("@3P8q")
+"""The struct Kept of kv_codes.h."""
+_KEEP = struct.Struct("@P6q")
+"""The struct Keep of kv_codes.c, before its Kept."""
+_PLACE_AT = _KEEP.size - struct.calcsize("q")
 _FLOAT_BYTES = 4
-_ATTENTION = struct.Struct("@7P17qf0q")
-"""The struct Attention of attention.c."""
+_ATTENTION = struct.Struct("@5P12qf0q")
+"""The struct Attention of attention.c, before its keys and values."""
+_ATTENTION_SIZE = _ATTENTION.size + 2 * _KEPT.size
 _COUNT = struct.Struct("@q")
 """Of the struct Rows, before as many of them."""
+
+
+class KeptStates(NamedTuple):
+    """Keys, or values, of one sequence as they lie in a layer's KV cache."""
+
+    parts: tuple[Tensor, ...]
+    """Numbers [1, heads, room, D], as they come; or codes [1, heads, room, ...], and what it takes to read them."""
+    size: int
+    """D, the numbers of a head."""
+    kind: int = AS_THEY_COME
+    group: int = 0
+    """Of 4-bit keys, the one that lies as it came."""
+
+    @property
+    def heads(self) -> int:
+        return self.parts[0].shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the numbers."""
+        return self.parts[min(self.kind, 1)].dtype
+
+
+def kernels_know(states: KeptStates, like: Tensor) -> bool:
+    """Whether kernels read codes like these, and write tokens as `like` [1, heads, 1, D] to them."""
+    fits = states.size % _MULTIPLE == 0 and states.size <= _LARGEST_HEAD
+    known = library() is not None and states.dtype in HALVES and states.dtype == like.dtype
+    return fits and known and all(part.is_cpu for part in (*states.parts, like)) and like.stride(-1) == 1
+
+
+def packed_states(states: KeptStates) -> bytes:
+    """The struct Kept. ValueError for what kernels would read wrongly."""
+    numbers, *beside = states.parts
+    if any(part.shape[0] != 1 or part.stride(-1) != 1 for part in states.parts):
+        raise ValueError(f"keys or values in steps of {[part.stride() for part in states.parts]}: of one sequence each")
+    steps = numbers.stride()[:3]
+    if not beside:
+        return _KEPT.pack(numbers.data_ptr(), 0, 0, AS_THEY_COME, *steps, 0, 0, 0, -1)
+    held = beside[1] if states.kind == INT4_KEYS else None
+    return _KEPT.pack(
+        *(numbers.data_ptr(), beside[0].data_ptr(), 0 if held is None else held.data_ptr()),
+        *(states.kind, *steps, beside[0].stride(1), beside[0].stride(2)),
+        *((0, -1) if held is None else (held.stride(1), states.group)),
+    )
+
+
+class KeptToken:
+    """A token [heads, D] that a recording knows, and that goes to codes: to another place every time."""
+
+    def __init__(self, token: Tensor, states: KeptStates, place: int) -> None:
+        own = library()
+        if own is None or token.shape != (states.heads, states.size) or token.stride(1) != 1:
+            raise ValueError(f"a token {tuple(token.shape)} for {states.heads} heads of {states.size} numbers")
+        about = token.stride(0), *token.shape, NUMBER_TYPES[token.dtype], torch.get_num_threads(), place
+        self.job: Job = bytearray(_KEEP.pack(token.data_ptr(), *about) + packed_states(states))
+        own.call("keep_token", self.job)
+
+    def go_to(self, states: KeptStates, place: int) -> None:
+        """The next one goes to `place` of these."""
+        struct.pack_into("@q", self.job, _PLACE_AT, place)
+        self.job[_KEEP.size :] = packed_states(states)
 
 
 def takes_token(
@@ -133,12 +205,14 @@ def attend(
             raise ValueError(f"the mask, on {added.device}, must be in the CPU's memory")
         mask_strides = (added.stride(0), added.stride(1), added.stride(3))
     job = _ATTENTION.pack(
-        *[0 if part is None else part.data_ptr() for part in (floats, key, value, added, sinks, scores, output)],
-        *(batch, kv_heads, heads // kv_heads, tokens, size, value.shape[3], NUMBER_TYPES[key.dtype]),
+        *[0 if part is None else part.data_ptr() for part in (floats, added, sinks, scores, output)],
+        *(batch, kv_heads, heads // kv_heads, 0, tokens, size, value.shape[3], NUMBER_TYPES[key.dtype]),
         torch.get_num_threads(),
-        *(*key.stride()[:3], *value.stride()[:3], *mask_strides),
+        *mask_strides,
         scaling,
     )
+    for part in (key, value):
+        job += _KEPT.pack(part.data_ptr(), 0, 0, 0, *part.stride()[:3], 0, 0, 0, -1)
     found.call("attend_to", job)
     return output.to(query.dtype)
 
@@ -150,11 +224,10 @@ def takes_each(module: Any, query: Tensor, keys: Sequence[Tensor], values: Seque
 
 
 class SeenTokens(NamedTuple):
-    """What one token attends to: of keys [1, kv heads, S, D] and values [1, kv heads, S, D'], numbers of a token side
-    by side, those of the tokens from `first` to `end`."""
+    """What one token attends to: of the keys and values of a sequence those of the tokens from `first` to `end`."""
 
-    key: Tensor
-    value: Tensor
+    key: KeptStates
+    value: KeptStates
     first: int
     end: int
 
@@ -166,18 +239,24 @@ def each_token(
     values: Sequence[Tensor],
     *,
     jobs: list["EachTokenJob"] | None = None,
+    rows: Sequence[SeenTokens] | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """`one_token` of every row of query [N, heads, 1, D], over keys and values of its own, [1, kv heads, S, D], by one
-    call. Its job is added to `jobs`, for who wants it to attend to others when it is replayed."""
+    call; read where they lie in KV caches, if `rows` say where. Its job is added to `jobs`, for who wants it to attend
+    to others when it is replayed."""
     found = library()
     assert found is not None, "the table was not asked"
     scaling = options.get("scaling")
     (count, heads, _, size), kv_heads, width = query.shape, keys[0].shape[1], values[0].shape[3]
     scaling = size**-0.5 if scaling is None else scaling
     floats, sinks = query.float().contiguous(), _float_sinks(options.get("s_aux"), heads)
-    rows = [SeenTokens(key, value, 0, key.shape[2]) for key, value in zip(keys, values, strict=True)]
-    output, scores = floats.new_empty(count, 1, heads, width), floats.new_empty(heads * sum(row.end for row in rows))
+    rows = rows or [
+        SeenTokens(KeptStates((key,), size), KeptStates((value,), width), 0, key.shape[2])
+        for key, value in zip(keys, values, strict=True)
+    ]
+    tokens = sum(row.end - row.first for row in rows)
+    output, scores = floats.new_empty(count, 1, heads, width), floats.new_empty(heads * tokens)
     beside = 0 if sinks is None else sinks.data_ptr()
     sizes = count, kv_heads, heads // kv_heads, size, width
     job = EachTokenJob((floats.data_ptr(), output.data_ptr()), beside, sizes, scaling, torch.get_num_threads())
@@ -199,7 +278,7 @@ class EachTokenJob:
         self._places, self._sinks, self._sizes = places, sinks, sizes
         self._scaling, self._threads = scaling, threads
         self.heads = sizes[1] * sizes[2]
-        self.packed = bytearray(_COUNT.pack(sizes[0]) + bytes(sizes[0] * _ATTENTION.size))
+        self.packed = bytearray(_COUNT.pack(sizes[0]) + bytes(sizes[0] * _ATTENTION_SIZE))
 
     def attend_to(self, rows: Sequence[SeenTokens], scores: Tensor) -> None:
         """The next call is over these, and writes to `scores`, of which there is one for each head and token seen."""
@@ -209,25 +288,21 @@ class EachTokenJob:
         if len(rows) != count or scores.numel() < self.heads * tokens:
             raise ValueError(f"{scores.numel()} scores of {len(rows)} rows for {count} of {self.heads} heads, {tokens}")
         for row, (key, value, first, end) in enumerate(rows):
-            by_key, by_value = key.stride(), value.stride()
-            _check_seen(key, by_key, kv_heads, size)
-            _check_seen(value, by_value, kv_heads, width)
-            item = key.itemsize
+            _check_seen(key, kv_heads, size)
+            _check_seen(value, kv_heads, width)
+            at = _COUNT.size + row * _ATTENTION_SIZE
             _ATTENTION.pack_into(
-                *(self.packed, _COUNT.size + row * _ATTENTION.size, queries + row * self.heads * size * _FLOAT_BYTES),
-                *(key.data_ptr() + first * by_key[2] * item, value.data_ptr() + first * by_value[2] * item),
-                *(0, self._sinks, score, results + row * self.heads * width * _FLOAT_BYTES),
-                *(1, kv_heads, shared, end - first, size, width, NUMBER_TYPES[key.dtype], self._threads),
-                *(*by_key[:3], *by_value[:3], 0, 0, 0),
-                self._scaling,
+                *(self.packed, at, queries + row * self.heads * size * _FLOAT_BYTES, 0, self._sinks, score),
+                *(results + row * self.heads * width * _FLOAT_BYTES, 1, kv_heads, shared, first, end - first),
+                *(size, width, NUMBER_TYPES[key.dtype], self._threads, 0, 0, 0, self._scaling),
             )
+            self.packed[at + _ATTENTION.size : at + _ATTENTION_SIZE] = packed_states(key) + packed_states(value)
             score += self.heads * (end - first) * _FLOAT_BYTES
 
 
-def _check_seen(states: Tensor, strides: tuple[int, ...], kv_heads: int, size: int) -> None:
-    one, heads, _, own = states.shape
-    if one != 1 or heads != kv_heads or own != size or strides[3] != 1:
-        raise ValueError(f"keys or values {tuple(states.shape)} in steps of {strides}: {kv_heads} heads of {size}")
+def _check_seen(states: KeptStates, kv_heads: int, size: int) -> None:
+    if states.heads != kv_heads or states.size != size:
+        raise ValueError(f"keys or values of {states.heads} heads of {states.size}: {kv_heads} of {size}")
 
 
 def _float_sinks(sinks: Tensor | None, heads: int) -> Tensor | None:
@@ -247,127 +322,3 @@ def _added(mask: Tensor) -> Tensor:
 def attending_bytes(samples: int, heads: int, width: int, tokens: int) -> int:
     """What `attend` has in float32 for queries of `width` numbers over `tokens`: queries, results, scores, a mask."""
     return samples * (2 * width + 2 * heads * tokens) * _FLOAT_BYTES
-
-
-# Root mean square norm of a few 16-bit rows (rms_norm.c): one call in place of eight small ones.
-
-
-ROWS = 32
-"""Up to so many rows one thread is faster than torch's operators."""
-_NORM = struct.Struct("@3P3qf")
-"""The struct Norm of rms_norm.c."""
-
-
-def takes_rows(x: Tensor, weight: Tensor, *beside: object) -> bool:
-    """Whether `rms_norm` takes these: a few rows of 16 bits on the CPU."""
-    alike = x.dtype == weight.dtype and weight.is_contiguous() and x.is_contiguous()
-    few = 0 < x.numel() <= ROWS * weight.numel() and x.shape[-1:] == weight.shape
-    return alike and few and not needs_gradient(x)
-
-
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *beside: object) -> Tensor:
-    """x [..., H] over the root of its mean square and `epsilon`, rounded, times `weight` [H]: as x."""
-    found = library()
-    assert found is not None, "the table was not asked"
-    if x.dtype not in HALVES or x.shape[-1:] != weight.shape:
-        raise ValueError(f"x, {tuple(x.shape)} of {x.dtype}, must be of 16-bit rows of {weight.numel()}")
-    check(x, x.shape, name="x")
-    check(weight, weight.shape, x.dtype, "the weight")
-    normed, size = torch.empty_like(x), weight.numel()
-    where = (x.data_ptr(), weight.data_ptr(), normed.data_ptr())
-    found.call("rms_norm", _NORM.pack(*where, x.numel() // size, size, NUMBER_TYPES[x.dtype], epsilon))
-    return normed
-
-
-# Copies, sums and products of a few numbers (replay.c), for who has to do without torch's operators.
-
-
-_AXES = 4
-_ELEMENTWISE = struct.Struct(f"@3P3q{4 * _AXES}q")
-"""The struct Elementwise of replay.c."""
-COPY, NEGATE, ADD, MULTIPLY = range(4)
-_aten = torch.ops.aten
-OPERATIONS = {_aten.neg.default: NEGATE, _aten.add.Tensor: ADD, _aten.mul.Tensor: MULTIPLY}
-"""Of torch's operators, which give the same."""
-
-
-def elementwise_knows(*tensors: Any) -> bool:
-    """Whether a kernel reads and writes these."""
-    plain = all(type(own) in (Tensor, nn.Parameter) for own in tensors) and library() is not None
-    return plain and all(own.dtype in NUMBER_TYPES and own.dim() <= _AXES and own.is_cpu for own in tensors)
-
-
-def elementwise_job(operation: int, out: Tensor, *given: Tensor) -> bytearray:
-    """Of replay.c: `out` becomes what `operation` makes of what is `given`, which broadcasts to it."""
-    filled = (1,) * (_AXES - out.dim()) + out.shape
-    steps = [own.expand(out.shape).stride() for own in (*given, *given[:1], out)]
-    if len(given) == 2:
-        del steps[2]
-    addresses = [own.data_ptr() for own in (*given, *given[:1])][:2]
-    padded = [step for own in steps for step in ((0,) * (_AXES - out.dim()) + own)]
-    types = NUMBER_TYPES[given[0].dtype], NUMBER_TYPES[out.dtype]
-    return bytearray(_ELEMENTWISE.pack(*addresses, out.data_ptr(), operation, *types, *filled, *padded))
-
-
-def point_copy(job: bytearray, address: int, head_step: int) -> None:
-    """Have the copy of `job`, whose result is [heads, D], go to an address, in so many numbers from head to head."""
-    _TARGET.pack_into(job, _TARGET_AT, address)
-    _STEP.pack_into(job, _HEADS_AT, head_step)
-
-
-_TARGET, _STEP = struct.Struct("@P"), struct.Struct("@q")
-_TARGET_AT, _HEADS_AT = 2 * _TARGET.size, _ELEMENTWISE.size - 2 * _STEP.size
-
-
-# Functions of one 16-bit number (replay.c): looked up in a table of all 65,536, which torch's own operator has filled.
-
-
-OF_ONE_NUMBER = (_aten.silu, _aten.gelu, _aten.sigmoid, _aten.tanh, _aten.relu)
-_LOOKUP = struct.Struct("@3P2q")
-"""The struct Lookup of replay.c."""
-_LOOKED_UP_FROM = 4096  # numbers: fewer torch computes in about as long as its call takes
-_VECTOR, _ONE_THREAD = 64, 32768  # numbers: torch computes whole vectors, and so many by one thread
-MOST_TABLES = 2
-"""Of one computation: most models have one function."""
-
-
-class Table(NamedTuple):
-    """What a function gives for each number of 16 bits."""
-
-    numbers: Tensor
-    """[65536], as torch computes them by vectors."""
-    everywhere: bool
-    """Whether it computes the same one by one, which it does behind the last whole vector of a thread."""
-
-
-def may_be_looked_up(out: Tensor, given: Tensor) -> bool:
-    """Whether a function of so many numbers is worth a table."""
-    many = out.dtype in HALVES and given.dtype == out.dtype and out.numel() >= _LOOKED_UP_FROM
-    return many and elementwise_knows(out, given)
-
-
-def lookup_knows(out: Tensor, given: Tensor, table: Table) -> bool:
-    """Whether what a function gives is what is looked up."""
-    by_vectors = out.numel() % _VECTOR == 0 and out.numel() <= _ONE_THREAD
-    return (table.everywhere or by_vectors) and given.is_contiguous() and out.is_contiguous()
-
-
-@functools.lru_cache(2 * MOST_TABLES)
-def table_of(function: Any, dtype: torch.dtype, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> Table:
-    """`args` and `kwargs` are those beside the number."""
-    every = torch.arange(2**16, dtype=torch.int32, device="cpu").to(torch.uint16).view(dtype)
-    parts = every.split(_ONE_THREAD)
-    numbers = torch.cat([function(part, *args, **dict(kwargs)) for part in parts])
-    one_by_one = function(every.repeat_interleave(2)[::2], *args, **dict(kwargs))  # in steps there are no vectors
-    return Table(numbers, torch.allclose(numbers, one_by_one, rtol=0, atol=0, equal_nan=True))
-
-
-def lookup_job(table: Table, out: Tensor, given: Tensor) -> bytearray:
-    """Of replay.c: `out` becomes what `table` has for what is `given`."""
-    addresses = table.numbers.data_ptr(), given.data_ptr(), out.data_ptr()
-    return bytearray(_LOOKUP.pack(*addresses, out.numel(), torch.get_num_threads()))
-
-
-def tables_bytes(numbers: int) -> int:
-    """Of the tables that a computation keeps whose functions take up to so many numbers."""
-    return MOST_TABLES * 2**16 * 2 if numbers >= _LOOKED_UP_FROM else 0
