@@ -85,8 +85,9 @@ def test_tokens_are_those_of_steps_with_python(checkpoints, monkeypatch, name: s
     by_turns(("llama3", "gemma2", "mistral", "gpt_oss"), (16, 8, 4), whole=("llama3",)),
 )
 def test_sequences_join_and_leave(checkpoints, monkeypatch, name: str, bits: int):
-    """Each with a KV cache of another size, in which windows move, and in fewer bits."""
-    with load(checkpoints(name), density=1.0, kv_bits=bits, ctx_size=160) as model:
+    """Each with a KV cache of another size, in which windows move, and in fewer bits, which kernels know of 16."""
+    dtype = torch.float32 if bits == 16 else torch.bfloat16
+    with load(checkpoints(name, dtype), density=1.0, kv_bits=bits, ctx_size=160) as model:
         asked = [(prompt(7 + 9 * seed, seed), GREEDY | {"max_new_tokens": 9 + 9 * seed}) for seed in range(4)]
 
         steps = list[int]()
@@ -102,10 +103,11 @@ def test_sequences_join_and_leave(checkpoints, monkeypatch, name: str, bits: int
         assert [expected[index] for index in range(4)] == [alone(model, ids, **how) for ids, how in asked]
 
 
+@pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("name", mostly_slow(("gemma2", "mistral", "gpt_oss"), 1))
-def test_windows_move_while_a_step_is_recorded(checkpoints, monkeypatch, name: str):
+def test_windows_move_while_a_step_is_recorded(checkpoints, monkeypatch, name: str, bits: int):
     """Behind a prompt that is longer than window and slack; no later answer moves anything in that KV cache."""
-    with load(checkpoints(name, torch.bfloat16), density=1.0, ctx_size=500, sequences=3) as model:
+    with load(checkpoints(name, torch.bfloat16), density=1.0, ctx_size=500, sequences=3, kv_bits=bits) as model:
         long = {"max_new_tokens": 40}
 
         def answers() -> list[list[int]]:
