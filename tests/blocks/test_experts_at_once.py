@@ -78,6 +78,8 @@ def test_what_was_told_of_weights_goes_with_them(checkpoints: Any):
     with GriffinModel.from_pretrained(folder, device="cpu", quantize="none", density=1.0, dtype="bfloat16") as model:
         block: Any = model.engine.loaded.layers.blocks[0]
         given = _given(block, 1, 0)
+        for parameter in block.module.parameters(recurse=False):  # no prompt has filled them yet
+            parameter.data.normal_()
         before = block.compute(*given)
         for name, parameter in list(block.module.named_parameters(recurse=False)):
             setattr(block.module, name, torch.nn.Parameter(2 * parameter.detach(), requires_grad=False))
