@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from griffin_offload.blocks.layouts import build_on_meta
-from griffin_offload.checkpoint.base import Checkpoint, Conversion, StoredTensor
+from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
 from griffin_offload.checkpoint.config_files import MOST_CONFIG_BYTES, is_there, read_object
 from griffin_offload.checkpoint.decoding import typed
 from griffin_offload.checkpoint.files import FileState, states_of
+from griffin_offload.checkpoint.renaming import Conversion
 from griffin_offload.checkpoint.safetensors import read_header, stored_tensors
 from griffin_offload.errors import CheckpointError, ModelNotFound, UnsupportedModel, UsageError
 from griffin_offload.formats.translated import Decode

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from griffin_offload.checkpoint.base import Checkpoint, Conversion, StoredTensor, same_names
+from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
 from griffin_offload.checkpoint.config_files import MOST_CONFIG_BYTES, check_numbers, read_object
+from griffin_offload.checkpoint.renaming import Conversion, same_names
 from griffin_offload.checkpoint.safetensors import (
     DTYPES,
     FLOAT_TYPES,

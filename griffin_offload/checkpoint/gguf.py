@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig
 
 from griffin_offload.blocks.layouts import build_on_meta
-from griffin_offload.checkpoint.base import Checkpoint, Conversion, StoredTensor, same_names
+from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
 from griffin_offload.checkpoint.config_files import config_from
 from griffin_offload.checkpoint.direct_io import Extent
 from griffin_offload.checkpoint.files import FileState, renamed, states_of
@@ -31,6 +31,7 @@ from griffin_offload.checkpoint.gguf_blocks import BlockDecoder, block_types, gg
 from griffin_offload.checkpoint.gguf_config import ROPE_TENSORS, Architecture, Described
 from griffin_offload.checkpoint.gguf_file import GgufFile, GgufTensor, is_gguf, read_gguf
 from griffin_offload.checkpoint.gguf_tokenizer import end_tokens, tokenizer_from
+from griffin_offload.checkpoint.renaming import Conversion, same_names
 from griffin_offload.checkpoint.safetensors import INDEX, SINGLE
 from griffin_offload.checkpoint.tokenizer import kept
 from griffin_offload.errors import CheckpointError, GriffinError, UnsupportedModel, UsageError, one_line

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from griffin_offload.blocks.experts import is_experts
 from griffin_offload.blocks.layouts import build_on_meta, find_feed_forwards
-from griffin_offload.checkpoint.base import ONE_BY_ONE, Checkpoint, StoredTensor
+from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
 from griffin_offload.checkpoint.config_files import refuse_plain
 from griffin_offload.checkpoint.converted import METHOD
 from griffin_offload.checkpoint.decoding import Grid, Numbers, Scaled, Spread
@@ -25,6 +25,7 @@ from griffin_offload.checkpoint.direct_io import Extent
 from griffin_offload.checkpoint.mapped import FileMaps
 from griffin_offload.checkpoint.packed import Module, by_row
 from griffin_offload.checkpoint.quantisation_config import Method, method_of, said_of
+from griffin_offload.checkpoint.renaming import ONE_BY_ONE
 from griffin_offload.checkpoint.safetensors import (
     FLOAT_TYPES,
     SafetensorsCheckpoint,

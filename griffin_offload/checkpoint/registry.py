@@ -15,13 +15,14 @@ from griffin_offload.blocks.base import Block
 from griffin_offload.blocks.experts import Experts
 from griffin_offload.blocks.layouts import find_feed_forwards, left_out_parts
 from griffin_offload.checkpoint.adapter import with_adapter
-from griffin_offload.checkpoint.base import Checkpoint, StoredTensor, names_left_out
+from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
 from griffin_offload.checkpoint.config_files import is_there, load_config
 from griffin_offload.checkpoint.converted import ConvertedCheckpoint, mark_of, open_converted
 from griffin_offload.checkpoint.files import check_name
 from griffin_offload.checkpoint.gguf import open_gguf
 from griffin_offload.checkpoint.hub import fetch, is_hub_id
 from griffin_offload.checkpoint.quantised import open_quantised, read_quantised_config
+from griffin_offload.checkpoint.renaming import names_left_out
 from griffin_offload.checkpoint.safetensors import SafetensorsCheckpoint, open_safetensors
 from griffin_offload.errors import CheckpointError, ModelNotFound, UsageError, unreadable, why_unusable
 from griffin_offload.formats import get

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from griffin_offload.blocks.layouts import build_on_meta, left_out_parts
-from griffin_offload.checkpoint.base import Checkpoint, StoredTensor, names_left_out
+from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
 from griffin_offload.checkpoint.config_files import (
     check_numbers,
     load_config,
@@ -30,6 +30,7 @@ from griffin_offload.checkpoint.config_files import (
 from griffin_offload.checkpoint.direct_io import Extent
 from griffin_offload.checkpoint.files import FileState, check_content, states_of
 from griffin_offload.checkpoint.mapped import FileMaps
+from griffin_offload.checkpoint.renaming import names_left_out
 from griffin_offload.errors import CheckpointError, limit_reached, memory_refused, one_line
 
 INDEX = "model.safetensors.index.json"

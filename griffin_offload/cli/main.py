@@ -23,7 +23,7 @@ from griffin_offload.errors import (
 
 _INTERRUPTED = 130
 COMMANDS = ("run", "chat", "serve", "batch", "models", "pull", "plan", "convert", "export", "bench", "eval", "inspect")
-"""Each is a module beside this one, but for `pull`, which is with `models`."""
+"""Each is a module beside this one."""
 
 
 class _Help(argparse.HelpFormatter):
@@ -88,8 +88,8 @@ def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"griffin-offload {__version__}")
     parsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in dict.fromkeys("models" if command == "pull" else command for command in commands):
-        import_module(f"griffin_offload.cli.{module}").add_parser(parsers)
+    for command in commands:
+        import_module(f"griffin_offload.cli.{command}").add_parser(parsers)
     return parser
 
 

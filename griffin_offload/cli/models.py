@@ -1,21 +1,21 @@
-"""`griffin-offload models`: what is here, and what of it fits the budget. And `pull`, which fetches more."""
+"""`griffin-offload models`: what is here, and what of it fits the budget."""
 
 import argparse
 import contextlib
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from griffin_offload.cli.options import Commands, add_memory_options, heavy_imports, quiet_libraries
+from griffin_offload.cli.pull import size_of
 from griffin_offload.config import LoadConfig
-from griffin_offload.errors import CheckpointError, GriffinError, ModelNotFound, UsageError, as_line, unreadable
+from griffin_offload.errors import CheckpointError, GriffinError, ModelNotFound, as_line, unreadable
 from griffin_offload.units import format_bytes
 
 
 def add_parser(commands: Commands) -> None:
-    """Add both commands to the main parser."""
+    """Add the command to the main parser."""
     parser = commands.add_parser(
         "models",
         help="list the models that are here, and which fit the budget",
@@ -29,7 +29,6 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     add_memory_options(parser)
     parser.set_defaults(command=models)
-    _add_pull(commands)
 
 
 def models(arguments: argparse.Namespace) -> int:
@@ -126,42 +125,3 @@ def _fit(path: Path, config: LoadConfig) -> dict[str, Any]:
         "peak_bytes": plan.peak_bytes,
         "reason": None if remedy is None else f"needs {format_bytes(plan.peak_bytes)}, try {remedy}",
     }
-
-
-# `griffin-offload pull`: fetch a model of the hub, and no more of it than is needed.
-
-
-def _add_pull(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "pull",
-        help="fetch a model of the hub",
-        description="Fetches weights, configuration and tokenizer into the hub's cache, where --model ID finds them; "
-        "a fetch that was interrupted goes on where it ended.",
-        epilog="example: griffin-offload pull org/name:FILE.gguf",
-    )
-    parser.add_argument("id", metavar="ID[:FILE.gguf]", help="hub id, and which of its GGUF files")
-    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit (default: main)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    parser.set_defaults(command=pull)
-
-
-def pull(arguments: argparse.Namespace) -> int:
-    """Fetch, and say where it is."""
-    from griffin_offload.checkpoint.hub import fetch, is_hub_id
-
-    if not is_hub_id(arguments.id):
-        raise UsageError(f"{arguments.id!r} is no hub id: write org/name, or org/name:FILE.gguf for one GGUF file")
-    quiet_libraries()
-    path = fetch(arguments.id, **({} if arguments.revision is None else {"revision": arguments.revision}))
-    nbytes = size_of(path)
-    if arguments.json:
-        print(json.dumps({"id": arguments.id, "path": str(path), "bytes": nbytes}))
-    else:
-        print(f"{arguments.id}: {format_bytes(nbytes)} in {path}", file=sys.stderr)
-    return 0
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files right in a directory."""
-    files = path.iterdir() if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())

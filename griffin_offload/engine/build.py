@@ -26,8 +26,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from griffin_offload.blocks.layouts import find_feed_forwards, leave_out_towers
 from griffin_offload.blocks.replace import finer_names, swap_experts, swap_linears, turn_experts
-from griffin_offload.checkpoint.base import Checkpoint, Conversion, KeptTypes, StoredTensor
+from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
 from griffin_offload.checkpoint.mapped import FileMaps
+from griffin_offload.checkpoint.renaming import Conversion, KeptTypes
 from griffin_offload.devices.threads import building, parameters_on_meta, put
 from griffin_offload.engine.precisions import held_finer, lying_in_rows
 from griffin_offload.errors import CheckpointError, GriffinError, UnsupportedModel, memory_refused, one_line

@@ -18,9 +18,10 @@ from transformers import PretrainedConfig
 from griffin_offload.blocks.base import Block
 from griffin_offload.blocks.experts import Experts
 from griffin_offload.blocks.layouts import build_on_meta, find_feed_forwards
-from griffin_offload.checkpoint.base import Checkpoint, saved
+from griffin_offload.checkpoint.base import Checkpoint
 from griffin_offload.checkpoint.gguf_writing import GgufLayout
 from griffin_offload.checkpoint.packed import write_packed
+from griffin_offload.checkpoint.renaming import saved
 from griffin_offload.config import ExportForm
 from griffin_offload.engine.shards import PART, CopyDirectory, shard_names
 from griffin_offload.errors import CheckpointError, UnsupportedModel, UsageError

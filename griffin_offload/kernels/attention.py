@@ -17,10 +17,10 @@ from griffin_offload.kernels.library import HALVES, NUMBER_TYPES, Job, check, li
 
 AS_THEY_COME, INT8, INT4_VALUES, INT4_KEYS = range(4)
 """The enum of kv_codes.h."""
-_MULTIPLE, _LARGEST_HEAD = (
-    16,
-    4096,
-)  # of a head's numbers: whole vectors of both halves; some tokens fill the kernel's room
+_WHOLE = 16
+"""Numbers of a head in codes are a multiple: whole vectors of both halves of a byte."""
+_LARGEST_HEAD = 4096
+"""Of which a few tokens fill the kernel's room."""
 _KEPT = struct.Struct("@3P8q")
 """The struct Kept of kv_codes.h."""
 _KEEP = struct.Struct("@P6q")
@@ -57,7 +57,7 @@ class KeptStates(NamedTuple):
 
 def kernels_know(states: KeptStates, like: Tensor) -> bool:
     """Whether kernels read codes like these, and write tokens as `like` [1, heads, 1, D] to them."""
-    fits = states.size % _MULTIPLE == 0 and states.size <= _LARGEST_HEAD
+    fits = states.size % _WHOLE == 0 and states.size <= _LARGEST_HEAD
     known = library() is not None and states.dtype in HALVES and states.dtype == like.dtype
     return fits and known and all(part.is_cpu for part in (*states.parts, like)) and like.stride(-1) == 1
 
@@ -65,8 +65,8 @@ def kernels_know(states: KeptStates, like: Tensor) -> bool:
 def packed_states(states: KeptStates) -> bytes:
     """The struct Kept. ValueError for what kernels would read wrongly."""
     numbers, *beside = states.parts
-    if any(part.shape[0] != 1 or part.stride(-1) != 1 for part in states.parts):
-        raise ValueError(f"keys or values in steps of {[part.stride() for part in states.parts]}: of one sequence each")
+    if any(part.stride(-1) != 1 for part in states.parts):
+        raise ValueError(f"keys or values in steps of {[part.stride() for part in states.parts]}: side by side")
     steps = numbers.stride()[:3]
     if not beside:
         return _KEPT.pack(numbers.data_ptr(), 0, 0, AS_THEY_COME, *steps, 0, 0, 0, -1)
@@ -83,8 +83,12 @@ class KeptToken:
 
     def __init__(self, token: Tensor, states: KeptStates, place: int) -> None:
         own = library()
-        if own is None or token.shape != (states.heads, states.size) or token.stride(1) != 1:
-            raise ValueError(f"a token {tuple(token.shape)} for {states.heads} heads of {states.size} numbers")
+        fits = token.shape == (states.heads, states.size) and token.stride(1) == 1 and token.dtype == states.dtype
+        if own is None or not fits or states.kind == AS_THEY_COME or states.parts[0].shape[0] != 1:
+            raise ValueError(
+                f"a token {tuple(token.shape)} of {token.dtype} for codes of {states.heads} heads of {states.size} "
+                f"numbers of {states.dtype}"
+            )
         about = token.stride(0), *token.shape, NUMBER_TYPES[token.dtype], torch.get_num_threads(), place
         self.job: Job = bytearray(_KEEP.pack(token.data_ptr(), *about) + packed_states(states))
         own.call("keep_token", self.job)
@@ -211,8 +215,7 @@ def attend(
         *mask_strides,
         scaling,
     )
-    for part in (key, value):
-        job += _KEPT.pack(part.data_ptr(), 0, 0, 0, *part.stride()[:3], 0, 0, 0, -1)
+    job += packed_states(KeptStates((key,), size)) + packed_states(KeptStates((value,), value.shape[3]))
     found.call("attend_to", job)
     return output.to(query.dtype)
 
@@ -301,8 +304,10 @@ class EachTokenJob:
 
 
 def _check_seen(states: KeptStates, kv_heads: int, size: int) -> None:
-    if states.heads != kv_heads or states.size != size:
-        raise ValueError(f"keys or values of {states.heads} heads of {states.size}: {kv_heads} of {size}")
+    if states.heads != kv_heads or states.size != size or states.parts[0].shape[0] != 1:
+        raise ValueError(
+            f"keys or values of {states.heads} heads of {states.size}: {kv_heads} of {size}, of one sequence"
+        )
 
 
 def _float_sinks(sinks: Tensor | None, heads: int) -> Tensor | None:

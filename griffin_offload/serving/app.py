@@ -12,9 +12,11 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from griffin_offload.config import ServeConfig
-from griffin_offload.serving.auth import AccessGuard, page_and_headers
+from griffin_offload.serving.api_errors import ApiError, broken, out_of_time, slow_body, too_many_connections
+from griffin_offload.serving.auth import AccessGuard
+from griffin_offload.serving.messages_api import MessagesForm, chat_of_messages
 from griffin_offload.serving.metrics import Metrics
-from griffin_offload.serving.other_apis import MessagesForm, ResponsesForm, chat_of_messages, chat_of_responses
+from griffin_offload.serving.page import page_and_headers
 from griffin_offload.serving.queue import Done, Event, Failed, Job, Progress
 from griffin_offload.serving.requests import (
     ENDPOINTS,
@@ -26,15 +28,9 @@ from griffin_offload.serving.requests import (
     parse_request,
 )
 from griffin_offload.serving.responses import Response, encode, server_sent
+from griffin_offload.serving.responses_api import ResponsesForm, chat_of_responses
 from griffin_offload.serving.tokenization import Encoder
-from griffin_offload.serving.validation import (
-    ApiError,
-    broken,
-    out_of_time,
-    parse_object,
-    slow_body,
-    too_many_connections,
-)
+from griffin_offload.serving.validation import parse_object
 from griffin_offload.units import parse_size
 
 # One client's request: its body as it comes in, its answer as it goes out, and the end of its patience.

@@ -22,13 +22,13 @@ from griffin_offload.checkpoint.files import one_writer
 from griffin_offload.config import ServeConfig
 from griffin_offload.errors import GriffinError, UsageError, unwritable
 from griffin_offload.evaluation.samples import json_lines
+from griffin_offload.serving.api_errors import ApiError
 from griffin_offload.serving.metrics import Metrics
 from griffin_offload.serving.model_manager import ModelManager
 from griffin_offload.serving.queue import Done, Event, Failed, Figures, Job
 from griffin_offload.serving.requests import ENDPOINTS, Endpoint, Request, caps_of, output_tokens, parse_request
 from griffin_offload.serving.responses import Response
 from griffin_offload.serving.tokenization import Encoder
-from griffin_offload.serving.validation import ApiError
 from griffin_offload.serving.worker import Worker
 from griffin_offload.transformers_api import Tokenizer
 

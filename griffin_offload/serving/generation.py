@@ -17,15 +17,8 @@ from griffin_offload.engine.report import RunReport
 from griffin_offload.engine.scheduler import SequenceScheduler
 from griffin_offload.errors import DoesNotFit
 from griffin_offload.kv_cache.sequence import Context
-from griffin_offload.serving.answer_parts import (
-    CountPenalties,
-    LogitBias,
-    LogprobRecorder,
-    Part,
-    PartsShown,
-    TokenLogprob,
-    parts_shown,
-)
+from griffin_offload.serving.answer_parts import Part, PartsShown, parts_shown
+from griffin_offload.serving.logprobs import CountPenalties, LogitBias, LogprobRecorder, TokenLogprob
 from griffin_offload.serving.queue import Finish, Finished, Job, Piece, Progress
 from griffin_offload.serving.requests import NO_PENALTIES, sampling_of
 from griffin_offload.serving.text_stream import Detokeniser, StopHolder, whole_text

@@ -26,8 +26,8 @@ from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.method.selection import neurons_kept
 from griffin_offload.planner.plan import Plan
 from griffin_offload.planner.tiers import options_again
+from griffin_offload.serving.api_errors import ApiError
 from griffin_offload.serving.requests import NO_PENALTIES, Request, sampling_of
-from griffin_offload.serving.validation import ApiError
 from griffin_offload.transformers_api import Tokenizer
 from griffin_offload.units import parse_size
 

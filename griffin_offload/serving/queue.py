@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from griffin_offload.engine.report import RunReport
-from griffin_offload.serving.answer_parts import Call, Kind, TokenLogprob
+from griffin_offload.serving.answer_parts import Call, Kind
+from griffin_offload.serving.api_errors import ApiError
+from griffin_offload.serving.logprobs import TokenLogprob
 from griffin_offload.serving.requests import Request
-from griffin_offload.serving.validation import ApiError
 
 Finish = Literal["stop", "length", "tool_calls"]
 

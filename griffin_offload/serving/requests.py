@@ -6,8 +6,10 @@ from typing import Any, Literal
 from griffin_offload.config import ServeConfig
 from griffin_offload.engine.structure import Structure
 from griffin_offload.errors import UsageError
-from griffin_offload.serving.messages import NO_TOOLS, Message, Tools, parse_messages, parse_tools, template_variables
-from griffin_offload.serving.validation import ApiError, FieldReader, invalid, unsupported
+from griffin_offload.serving.api_errors import ApiError, invalid, unsupported
+from griffin_offload.serving.messages import Message, parse_messages
+from griffin_offload.serving.tools import NO_TOOLS, Tools, parse_tools, template_variables
+from griffin_offload.serving.validation import FieldReader
 
 NO_PENALTIES: dict[str, Any] = {
     "repetition_penalty": 1.0,

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from griffin_offload.engine.report import RunReport
-from griffin_offload.serving.answer_parts import Call, TokenLogprob
+from griffin_offload.serving.answer_parts import Call
+from griffin_offload.serving.logprobs import TokenLogprob
 from griffin_offload.serving.queue import Event, Figures, Finished, Piece, Progress
 from griffin_offload.serving.requests import Request
 

@@ -15,8 +15,8 @@ from griffin_offload.checkpoint.tokenizer import encode, encode_messages, templa
 from griffin_offload.engine.structure import Structure, check_structure
 from griffin_offload.errors import CheckpointError, TemplateError, UsageError, one_line
 from griffin_offload.serving.answer_parts import AnswerFormat, format_of
+from griffin_offload.serving.api_errors import invalid, unsupported
 from griffin_offload.serving.requests import Prompt, Request
-from griffin_offload.serving.validation import invalid, unsupported
 from griffin_offload.transformers_api import Tokenizer
 
 

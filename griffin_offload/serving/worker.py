@@ -20,11 +20,7 @@ from griffin_offload.errors import (
     UsageError,
     memory_refused,
 )
-from griffin_offload.serving.generation import Interrupted, JobBeside, answer_all, pass_prompts, why_not_beside
-from griffin_offload.serving.metrics import Metrics
-from griffin_offload.serving.model_manager import LoadedModel, ModelManager
-from griffin_offload.serving.queue import Done, Event, Failed, Job
-from griffin_offload.serving.validation import (
+from griffin_offload.serving.api_errors import (
     ApiError,
     broken,
     changed,
@@ -34,6 +30,10 @@ from griffin_offload.serving.validation import (
     out_of_memory,
     shutting_down,
 )
+from griffin_offload.serving.generation import Interrupted, JobBeside, answer_all, pass_prompts, why_not_beside
+from griffin_offload.serving.metrics import Metrics
+from griffin_offload.serving.model_manager import LoadedModel, ModelManager
+from griffin_offload.serving.queue import Done, Event, Failed, Job
 
 log = logging.getLogger(__name__)
 

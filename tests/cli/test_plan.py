@@ -9,7 +9,8 @@ from marks import mostly_slow
 from tiny_models import VOCAB
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from griffin_offload.devices.registry import CudaDevice, MpsDevice
+from griffin_offload.devices.cuda import CudaDevice
+from griffin_offload.devices.registry import MpsDevice
 from griffin_offload.units import format_bytes
 
 pytestmark = pytest.mark.usefixtures("measured_once")

@@ -16,8 +16,9 @@ import griffin_offload
 from griffin_offload import GriffinModel, UsageError
 from griffin_offload.config import DEVICE_NAMES, LoadConfig
 from griffin_offload.devices.base import Device
+from griffin_offload.devices.cuda import CudaDevice
 from griffin_offload.devices.memory import budget_bytes
-from griffin_offload.devices.registry import CpuDevice, CudaDevice, MpsDevice, choose_device, device_kind, devices_here
+from griffin_offload.devices.registry import CpuDevice, MpsDevice, choose_device, device_kind, devices_here
 from griffin_offload.engine.spec import examine
 from griffin_offload.evaluation.ceilings import host_copy_rate
 from griffin_offload.evaluation.distributed import Processes

@@ -16,7 +16,7 @@ from tiny_models import VOCAB
 
 from griffin_offload import GriffinModel
 from griffin_offload.blocks.base import ChunkedForward, hooks_on
-from griffin_offload.checkpoint import base
+from griffin_offload.checkpoint import renaming
 from griffin_offload.engine import load as loading
 from griffin_offload.engine.model_interface import Guard
 from griffin_offload.errors import DoesNotFit, GriffinError, OutOfMemory, memory_refused
@@ -155,7 +155,7 @@ def test_transformers_is_not_blamed(checkpoints, monkeypatch: pytest.MonkeyPatch
     def refuse(*_: Any, **__: Any) -> Any:
         raise RuntimeError(HOST)
 
-    monkeypatch.setattr(base, "get_model_conversion_mapping", refuse)
+    monkeypatch.setattr(renaming, "get_model_conversion_mapping", refuse)
     with pytest.raises(OutOfMemory, match=r"the machine refused 4\.10 kB"):
         make(checkpoints("llama2"))
 

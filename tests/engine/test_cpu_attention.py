@@ -201,7 +201,7 @@ def test_a_call_that_stays_attends_to_what_it_is_told():
             assert torch.equal(output[i].bfloat16(), alone[0, 0])
     with pytest.raises(ValueError, match="359 scores"):
         job.attend_to([SeenTokens(*kept, 0, 40), SeenTokens(*kept, 0, 20)], scores[1:])
-    with pytest.raises(ValueError, match=": 2 of 16"):
+    with pytest.raises(ValueError, match=": 2 of 16, of one"):
         job.attend_to([SeenTokens(KeptStates((key,), 8), kept[1], 0, 1)] * 2, scores)
 
 

@@ -75,7 +75,7 @@ def test_tokens_become_the_same_codes(
     seed=st.integers(0, 99),
     heads=st.integers(1, 3),
     shared=st.integers(1, 7),
-    sizes=st.tuples(*[st.sampled_from([16, 48, 80, 128, 256])] * 2),
+    sizes=st.tuples(*[st.sampled_from([16, 48, 80, 128, 256, 576])] * 2),
     ends=st.lists(st.integers(1, 150), min_size=1, max_size=3),
     dtype=st.sampled_from(sorted(HALVES, key=str)),
 )
@@ -127,5 +127,9 @@ def test_what_kernels_do_not_know():
     assert not kernels_know(store.kept_states, torch.ones(1, 2, 1, 32)), "float32"
     with pytest.raises(ValueError, match="a token "):
         KeptToken(torch.ones(3, 32).bfloat16(), KeptStates((torch.ones(1, 2, 4, 32).bfloat16(),), 32), 0)
-    with pytest.raises(ValueError, match="of one sequence each"):
-        packed_states(KeptStates((torch.ones(2, 2, 4, 32).bfloat16(),), 32))
+    with pytest.raises(ValueError, match="side by side"):
+        packed_states(KeptStates((torch.ones(1, 2, 4, 64).bfloat16()[..., ::2],), 32))
+    ones = torch.ones(1, 2, 4, 32).bfloat16()
+    of_two = KeptStates((torch.ones(2, 2, 4, 32).bfloat16(),), 32)
+    with pytest.raises(ValueError, match="of one sequence"):
+        each_token(None, ones[:, :, :1], [ones], [ones], rows=[SeenTokens(of_two, of_two, 0, 4)])

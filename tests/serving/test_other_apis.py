@@ -8,8 +8,9 @@ import openai
 import pytest
 
 from griffin_offload.config import ServeConfig
-from griffin_offload.serving.other_apis import chat_of_messages, chat_of_responses
+from griffin_offload.serving.messages_api import chat_of_messages
 from griffin_offload.serving.requests import parse_request
+from griffin_offload.serving.responses_api import chat_of_responses
 
 SCHEMA = {
     "type": "object",

@@ -7,8 +7,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from griffin_offload.config import ServeConfig
+from griffin_offload.serving.api_errors import ApiError
 from griffin_offload.serving.requests import Request, parse_request
-from griffin_offload.serving.validation import ApiError, parse_object
+from griffin_offload.serving.validation import parse_object
 
 USER = {"role": "user", "content": "hello"}
 CHAT = {"model": "m", "messages": [USER]}

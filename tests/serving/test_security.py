@@ -5,8 +5,8 @@ from starlette.datastructures import Headers
 
 from griffin_offload import UsageError
 from griffin_offload.config import ServeConfig
+from griffin_offload.serving.api_errors import ApiError
 from griffin_offload.serving.auth import AccessGuard, check_bind, check_key, is_loopback
-from griffin_offload.serving.validation import ApiError
 
 KEY = "sk-a-secret"
 

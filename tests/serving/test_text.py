@@ -12,7 +12,7 @@ from tiny_models import VOCAB, write_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from griffin_offload.serving.answer_parts import LogprobRecorder, TokenLogprob, token_bytes
+from griffin_offload.serving.logprobs import LogprobRecorder, TokenLogprob, token_bytes
 from griffin_offload.serving.responses import by_label, label
 from griffin_offload.serving.text_stream import Detokeniser, whole_text
 

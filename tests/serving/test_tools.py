@@ -10,7 +10,7 @@ import pytest
 from tiny_models import CHAT_TEMPLATE, write_checkpoint, write_tokenizer
 
 from griffin_offload import GriffinModel
-from griffin_offload.serving.messages import Tools
+from griffin_offload.serving.tools import Tools
 from griffin_offload.transformers_api import response_parser
 
 pytestmark = pytest.mark.skipif(response_parser() is None, reason="this release of transformers has no such parser")

@@ -95,7 +95,7 @@ AVX2 void int4_rows_by_avx2(const void *product, int64_t start, int64_t end) {
 /* By vectors twice as wide, which have the codes of four groups. */
 
 #define MOST 4   /* rows that are multiplied at once */
-#define TWICE 2  /* outputs, likewise */
+#define OUTPUTS 2 /* that are, too */
 #define AGAIN 16 /* outputs whose codes pass again for every four rows */
 
 /* Which of 16 numbers, one a group, belong to the lanes of groups `first` to `first` + 3. */
@@ -110,7 +110,7 @@ VNNI INLINED void add_sixteen(const Product *p, int64_t output, int64_t group, c
                               __m512 (*total)[MOST][2], const int outputs, const int rows) {
     const int64_t groups = groups_of(p);
     const __mmask16 wanted = (__mmask16)((1u << count) - 1);
-    __m512 scale[TWICE][MOST];
+    __m512 scale[OUTPUTS][MOST];
     for (int o = 0; o < outputs; o++) {
         __m512 step, offset;
         sixteen_steps(_mm256_maskz_loadu_epi16(wanted, p->groups + ((output + o) * groups + group) * PAIR_BYTES), &step, &offset);
@@ -126,7 +126,7 @@ VNNI INLINED void add_sixteen(const Product *p, int64_t output, int64_t group, c
     for (int four = 0; four < 4; four++) {
         const int64_t left = (count - 4 * four) * INT4_BYTES;
         if (left <= 0) break;
-        __m512i low[TWICE], high[TWICE];
+        __m512i low[OUTPUTS], high[OUTPUTS];
         for (int o = 0; o < outputs; o++) {
             const uint8_t *from = codes_of(p, (output + o) * groups + group) + four * FOUR_BYTES;
             if (p->ahead) fetch_ahead(from, 1);
@@ -150,7 +150,7 @@ VNNI INLINED void add_sixteen(const Product *p, int64_t output, int64_t group, c
 
 VNNI INLINED void int4_bytes_outputs(const Product *p, int64_t output, int64_t first, const int outputs, const int rows) {
     const int64_t groups = groups_of(p), whole = groups / WIDE_LANES * WIDE_LANES;
-    __m512 total[TWICE][MOST][2];
+    __m512 total[OUTPUTS][MOST][2];
     for (int o = 0; o < outputs; o++)
         for (int r = 0; r < rows; r++) total[o][r][0] = total[o][r][1] = _mm512_setzero_ps();
     for (int64_t group = 0; group < whole; group += WIDE_LANES)
@@ -164,7 +164,7 @@ VNNI INLINED void int4_bytes_outputs(const Product *p, int64_t output, int64_t f
 
 /* Outputs two at a time where their codes lie in the second cache by now. */
 VNNI INLINED void int4_bytes_rows(const Product *p, int64_t start, int64_t end, int64_t first, const int rows, int shared) {
-    for (; shared && start + TWICE <= end; start += TWICE) int4_bytes_outputs(p, start, first, TWICE, rows);
+    for (; shared && start + OUTPUTS <= end; start += OUTPUTS) int4_bytes_outputs(p, start, first, OUTPUTS, rows);
     for (; start < end; start++) int4_bytes_outputs(p, start, first, 1, rows);
 }
 

@@ -26,7 +26,7 @@ AVX2 INLINED float lanes_most(__m256 v, const int least) {
     return found;
 }
 
-/* In this order the second operand wins where one is no number: `new` is kept as the first so long as it is one. */
+/* What is no number stays none, which the instructions themselves leave out. */
 AVX2 INLINED __m256 greater(__m256 most, __m256 new) {
     return _mm256_blendv_ps(_mm256_max_ps(most, new), _mm256_add_ps(most, new), _mm256_cmp_ps(most, new, _CMP_UNORD_Q));
 }
@@ -148,7 +148,7 @@ AVX2 static void keep_heads(const void *job, int64_t start, int64_t end) {
 }
 
 void keep_token(const Keep *keep, Parallel parallel) {
-    /* Eight heads of codes take less time than threads to begin, but for keys whose group is rounded anew. */
+    /* A token takes a few microseconds, but for keys whose group is rounded anew. */
     const int64_t threads = keep->kept.kind == INT4_KEYS ? keep->threads : 1;
     in_parallel(parallel, threads, keep_heads, keep, keep->heads, 1);
 }
