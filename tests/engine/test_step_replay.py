@@ -12,7 +12,7 @@ from marks import by_turns, mostly_slow
 from tiny_models import ARCHITECTURES, FURTHER, MIXTURES, VOCAB, write_tokenizer
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from griffin_offload import GriffinModel
 from griffin_offload.engine.step_replay import StepReplays
@@ -20,7 +20,7 @@ from griffin_offload.formats.linear import QuantizedLinear
 from griffin_offload.kernels import gemv
 from griffin_offload.kernels.library import library
 from griffin_offload.kernels.recording import Recording
-from griffin_offload.kv_cache.store import Store
+from griffin_offload.kv_cache.store import Int4Keys, QuantizedStore, Store
 
 NAMES = (*ARCHITECTURES, *FURTHER, *MIXTURES)
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "lookup": False}
@@ -122,6 +122,42 @@ def test_windows_move_while_a_step_is_recorded(checkpoints, monkeypatch, name: s
         expected = without(monkeypatch, answers)
         assert answers() == expected
         assert replayed(model) > 0
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_attention_reads_codes_where_they_lie(tmp_path, monkeypatch, bits: int, window: int | None):
+    """Across groups of keys and moves of a window: as of numbers made of them, which no replay asks for."""
+    config = MistralConfig(
+        **{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+        **{
+            "vocab_size": VOCAB,
+            "intermediate_size": 64,
+            "head_dim": 32,
+            "sliding_window": window,
+            "eos_token_id": None,
+        },
+    )
+    torch.manual_seed(0)
+    stock = MistralForCausalLM(config).to(torch.bfloat16)
+    for name, parameter in stock.named_parameters():
+        if "q_proj" in name or "k_proj" in name:  # sharp attention: one token's keys are another's answer
+            parameter.data *= 20
+    stock.save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    reads = list[int]()
+    stores = (QuantizedStore, Int4Keys)
+    with load(tmp_path, density=1.0, quantize="none", kv_bits=bits, ctx_size=500) as model:
+        ids = prompt(70, bits)
+        expected = without(monkeypatch, lambda: alone(model, ids, max_new_tokens=200))
+        alone(model, ids)
+        for store in stores:
+            read = store.read
+            monkeypatch.setattr(store, "read", lambda *args, read=read: reads.append(1) or read(*args))
+        assert alone(model, ids, max_new_tokens=200) == expected
+        assert len(set(expected)) > 20, "an answer that repeats itself says little"
+        assert replayed(model) > 190
+    assert len(reads) < 20, "what moves a window"
 
 
 def test_kv_caches_go_when_answers_end(checkpoints, monkeypatch):
