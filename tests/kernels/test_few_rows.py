@@ -153,16 +153,6 @@ def _check_rows(own: gemv.GemvKernels, x: Tensor, outputs: int, dtype: torch.dty
 
 
 @needs_kernels
-@of_all_processors
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7])
-def test_int8_of_inputs_that_crowd_the_first_cache(kind: Kind, rows: int):
-    """Their weights are brought to the second one before, in blocks, of which the last is no whole one."""
-    seed = rows + 10 * kind["wide"] + 20 * kind["ahead"]  # what another kind has left in memory is no right answer here
-    x = torch.randn(rows, 8333, generator=torch.Generator().manual_seed(seed)).bfloat16()
-    _check_int8(_kernels(**kind), x, 37, torch.float32)
-
-
-@needs_kernels
 @pytest.mark.parametrize("kind", [*KINDS, LANES])
 @pytest.mark.parametrize("bits", [4, 3, 2])
 @settings(max_examples=20)  # of each of fifteen
