@@ -194,9 +194,9 @@ PACKAGE = Path(griffin_offload.__file__).parent
 OTHERS = {
     ("serving/requests.py", "none"),
     ("serving/server.py", "none"),
-    ("serving/messages.py", "none"),
+    ("serving/tools.py", "none"),
     ("serving/tokenization.py", "none"),
-    ("serving/other_apis.py", "none"),
+    ("serving/messages_api.py", "none"),
     ("checkpoint/quantisation_config.py", "int8"),
     ("checkpoint/adapter.py", "none"),
     ("checkpoint/gguf_config.py", "none"),
