@@ -41,7 +41,9 @@ def _bytes(rows: int, columns: int, dtype: torch.dtype = torch.uint8) -> Tensor:
 
 def few(r: random.Random, library: compiled.Library) -> None:
     kernels = gemv.GemvKernels(library, wide=r.random() < 0.6, ahead=r.random() < 0.5)
-    rows, inputs, outputs = r.randint(1, 9), r.randint(1, 300), r.randint(1, 140)
+    rows, outputs = r.randint(1, 9), r.randint(1, 140)
+    # More than 4,096 numbers of x crowd the first cache: weights are read ahead, and outputs share what is read.
+    inputs = r.randint(1, 300) if r.random() < 0.8 else r.randint(4097, 4400)
     dtype = r.choice(DTYPES)
     bias = torch.randn(outputs).to(dtype) if r.random() < 0.5 else None
     scaled = torch.randn(inputs).to(dtype) if r.random() < 0.5 else None
@@ -123,7 +125,7 @@ def gather(r: random.Random, library: compiled.Library) -> None:
 def in_groups(r: random.Random, library: compiled.Library) -> None:
     """The forms of 2 to 4 bits: quantised, gathered into strips, multiplied by few and many rows."""
     bits = r.choice([4, 3, 2])
-    outputs, inputs = 32 * r.randint(1, 5), 32 * r.randint(1, 9)
+    outputs, inputs = 32 * r.randint(1, 5), 32 * (r.randint(1, 9) if r.random() < 0.8 else r.randint(129, 140))
     weight = _numbers(r, outputs, inputs, r.choice(DTYPES), apart=r.random() < 0.5)
     importance = torch.rand(inputs) if r.random() < 0.5 else None
     quantize.row_norms(weight)
@@ -198,7 +200,8 @@ def _attend_to_each(r: random.Random) -> list[Tensor]:
     count, kv_heads, shared, dtype = r.randint(1, 4), r.randint(1, 3), r.randint(1, 7), r.choice(HALVES)
     size, width = (r.choice((16, 48, r.randint(1, 70))) for _ in range(2))
     heads = kv_heads * shared
-    rows = [_seen(r, kv_heads, size, width, dtype) for _ in range(count)]
+    seen = [_seen(r, kv_heads, size, width, dtype) for _ in range(count)]
+    rows, written = [row for row, _ in seen], [states for _, read in seen for states in read]
     scores = torch.empty(heads * sum(row.end - row.first for row in rows))
     query, output = torch.randn(count, heads, size), torch.empty(count, heads, width)
     places, sizes = (query.data_ptr(), output.data_ptr()), (count, kv_heads, shared, size, width)
@@ -207,13 +210,16 @@ def _attend_to_each(r: random.Random) -> list[Tensor]:
     found = attention.library()
     assert found is not None
     found.call("attend_to_each", job.packed)
-    return [query, output, scores, *(part for row in rows for own in (row.key, row.value) for part in own.parts)]
+    parts = [part for row in rows for own in (row.key, row.value) for part in own.parts]
+    return [query, output, scores, *written, *parts]
 
 
-def _seen(r: random.Random, kv_heads: int, size: int, width: int, dtype: torch.dtype) -> attention.SeenTokens:
-    """In 16 bits, or in codes, where a size can be."""
+def _seen(
+    r: random.Random, kv_heads: int, size: int, width: int, dtype: torch.dtype
+) -> tuple[attention.SeenTokens, list[Tensor]]:
+    """In 16 bits, or in codes, where a size can be, to which a token is written; and what that is read from."""
     first, tokens = r.randint(0, 5), r.randint(1, 90)
-    kept = []
+    kept, read = [], list[Tensor]()
     for own, stores in ((size, (Int8Store, Int4Keys)), (width, (Int8Store, Int4Values))):
         states = torch.randn(1, kv_heads, first + tokens, own).to(dtype)
         store = (
@@ -225,7 +231,8 @@ def _seen(r: random.Random, kv_heads: int, size: int, width: int, dtype: torch.d
         kept.append(store.kept_states)
         if own % 16 == 0:
             attention.KeptToken(states[0, :, -1], kept[-1], first + tokens - 1)
-    return attention.SeenTokens(*kept, first, first + tokens)
+            read.append(states)
+    return attention.SeenTokens(*kept, first, first + tokens), read
 
 
 CALLS: tuple[Call, ...] = (few, many, attend, norms, quantise, blocks, gather, in_groups, replays)
