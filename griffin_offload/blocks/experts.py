@@ -267,8 +267,9 @@ class Experts(Block):
 
     def _normed(self, given: Tensor, index: Tensor, token: Tensor, choice: Tensor) -> Tensor:
         """What experts give, by the module's norm, of which each expert may have its own."""
-        own = (index[token, choice],) if getattr(self.module, "norm_by_expert", False) else ()
-        output: Tensor = self.module.post_expert_norm(given, *own)
+        module: Any = self.module
+        own = (index[token, choice],) if getattr(module, "norm_by_expert", False) else ()
+        output: Tensor = module.post_expert_norm(given, *own)
         return output
 
     def checked(self) -> dict[tuple[int, torch.dtype], Any] | None:
