@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from griffin_offload.formats.linear import QuantizedLinear
 from griffin_offload.transformers_api import ADAPTERS, StockModel
 
 _CHOOSING = (torch.topk, Tensor.topk)
@@ -137,10 +138,12 @@ def _takes_states_alone(router: Any) -> bool:
 # Experts that are called as all others' are, where transformers' own classes do otherwise. Llama 4's are given all
 # tokens for each of them, already multiplied by weights, which are zero for most. JetMoE's are slices of two matrices,
 # given tokens in the order of experts; its attention has experts of this kind, too, which stay as they are. Ergo's are
-# called once for every choice of a token, for a norm that each expert has of its own. Two of what stands beside experts
-# are derived, too: Ergo's layers ask a projection's weight for the type of floats, which codes do not have, and what
-# Kolibri 1.1 chooses keys by cannot be traced.
+# called once for every choice of a token, for a norm that each expert has of its own. Some of what is beside experts is
+# derived, too: Ergo's layers ask a projection's weight for the type of floats, which codes do not have, and its head is
+# copied in float32 for every token; and what Kolibri 1.1 chooses keys by cannot be traced.
 
+_FLOAT_ROWS = 256
+"""Of Ergo's head, as many as are made float32 at once: a few MB."""
 EXPERTS_IMPLEMENTATION = "griffin_offload"
 """Under which transformers finds our way to call experts."""
 RENAMED: dict[str, dict[str, str]] = {
@@ -167,11 +170,6 @@ def _adapt_jetmoe(mixture: Any, model: StockModel) -> None:
 def _adapt_ergo(experts: Any, model: StockModel) -> None:
     experts.has_post_expert_norm = True
     _derive(experts)
-
-
-def _adapt_ergo_layer(layer: Any, model: StockModel) -> None:
-    layer.computed_in = layer.self_attn.o_proj.weight.dtype
-    _derive(layer)
 
 
 def _derive(module: Any) -> None:
@@ -224,12 +222,28 @@ def _mix_jetmoe(mixture: Any, layer_input: Tensor) -> Tensor:
 
 
 def _pass_ergo(layer: Any, hidden_states: Tensor, **given: Any) -> Tensor:
-    """Residuals are of float32, and what is added to them is computed in the type of the checkpoint."""
-    attended, _ = layer.self_attn(layer.input_layernorm(hidden_states).to(layer.computed_in), **given)
+    """Residuals are of float32, and what is added to them is computed in the type of floats that matrices have."""
+    out = layer.self_attn.o_proj
+    dtype = out.scratch.dtype if isinstance(out, QuantizedLinear) else out.weight.dtype
+    attended, _ = layer.self_attn(layer.input_layernorm(hidden_states).to(dtype), **given)
     hidden_states = layer.attention_residual_gate(layer.post_attention_layernorm(attended.float()), hidden_states)
-    fed = layer.mlp(layer.pre_feedforward_layernorm(hidden_states).to(layer.computed_in))
+    fed = layer.mlp(layer.pre_feedforward_layernorm(hidden_states).to(dtype))
     output: Tensor = layer.feedforward_residual_gate(layer.post_feedforward_layernorm(fed.float()), hidden_states)
     return output
+
+
+def _float_logits(linear: Any, hidden_states: Tensor) -> Tensor:
+    """Products in float32 of numbers rounded to 16 bits, without a copy of all of the matrix."""
+    weight: Tensor = linear.weight
+    if weight.dtype == torch.float32 or hidden_states.is_cuda:
+        stock: Any = type(linear).__base__
+        found: Tensor = stock.forward(linear, hidden_states)
+        return found
+    x = hidden_states.to(weight.dtype).float()
+    logits = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    for rows, part in zip(weight.split(_FLOAT_ROWS), logits.split(_FLOAT_ROWS, dim=-1), strict=True):
+        part.copy_(nn.functional.linear(x, rows.float()))
+    return logits
 
 
 def _choose_keys(indexer: Any, queries: Tensor, keys: Tensor, attention_mask: Tensor, pool: Any = None) -> Any:
@@ -254,11 +268,12 @@ _JETMOE: dict[str, dict[str, Any]] = {
 _ERGO: dict[str, dict[str, Any]] = {
     "ErgoExperts": {"forward": _call_experts, "norm_by_expert": True},
     "ErgoDecoderLayer": {"forward": _pass_ergo},
+    "ErgoLinearWithFP32Output": {"forward": _float_logits},
 }
 _KOLIBRI: dict[str, dict[str, Any]] = {"Kolibri1_1Indexer": {"forward": _choose_keys}}
 ADAPTERS.update({**dict.fromkeys(_LLAMA4, _adapt_llama4), "JetMoeMoE": _adapt_jetmoe})
-ADAPTERS.update({"ErgoExperts": _adapt_ergo, "ErgoDecoderLayer": _adapt_ergo_layer})
-ADAPTERS.update({name: lambda module, _: _derive(module) for name in _KOLIBRI})
+ADAPTERS.update({name: lambda module, _: _derive(module) for name in _ERGO | _KOLIBRI})
+ADAPTERS["ErgoExperts"] = _adapt_ergo
 
 
 class _Slices(nn.Module):

@@ -112,6 +112,21 @@ def test_layers_that_ask_for_a_type_have_it_of_codes_too(tmp_path: Path) -> None
     assert _away(found.logits[:1], expected.logits[:1]) < 0.15  # of whole numbers it would be all of them
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_16_bits_pass_residuals_and_a_head_of_float32(tmp_path: Path, dtype: str) -> None:
+    """Ergo's, whose head has more numbers than all of its layers: no copy of it is made that no plan has."""
+    directory = _tiny("ErgoConfig", {**_ERGO, "vocab_size": 60_000}, tmp_path / "floats")
+    exact: Any = hf.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
+    exact.save_pretrained(tmp_path / "rounded")
+    dense: Any = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "rounded", dtype=getattr(torch, dtype)).eval()
+    asked = {**_greedy(), "max_new_tokens": 1}
+    with _load(tmp_path / "rounded", dtype=dtype) as model:
+        found = model.generate(**asked)
+        assert model.last_report.peak_device_bytes <= model.plan.peak_bytes
+    assert found.logits[0].dtype == torch.float32
+    assert _away(found.logits, dense.generate(**asked).logits) < (0.02 if dtype == "bfloat16" else 1e-5)
+
+
 def test_heads_that_choose_keys_are_given_hidden_states_in_floats(tmp_path: Path) -> None:
     """By what transformers' indexers ask their weights for."""
     directory = _tiny("DeepseekV32Config", _SPARSE, tmp_path)
