@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from griffin_offload.formats.linear import QuantizedLinear
 from griffin_offload.transformers_api import ADAPTERS, StockModel
 
 _CHOOSING = (torch.topk, Tensor.topk)
@@ -224,7 +223,7 @@ def _mix_jetmoe(mixture: Any, layer_input: Tensor) -> Tensor:
 def _pass_ergo(layer: Any, hidden_states: Tensor, **given: Any) -> Tensor:
     """Residuals are of float32, and what is added to them is computed in the type of floats that matrices have."""
     out = layer.self_attn.o_proj
-    dtype = out.scratch.dtype if isinstance(out, QuantizedLinear) else out.weight.dtype
+    dtype = getattr(out, "scratch", out.weight).dtype  # a QuantizedLinear has one, for floats, whatever its weight is
     attended, _ = layer.self_attn(layer.input_layernorm(hidden_states).to(dtype), **given)
     hidden_states = layer.attention_residual_gate(layer.post_attention_layernorm(attended.float()), hidden_states)
     fed = layer.mlp(layer.pre_feedforward_layernorm(hidden_states).to(dtype))
