@@ -256,13 +256,20 @@ class Experts(Block):
         call = ExpertCall(module, self.form, (hidden, index, weights), index.tolist(), self._limit)
         output, norms = torch.zeros_like(hidden), torch.zeros(index.shape, dtype=torch.float32, device=index.device)
         for token, choice, given in call.outputs(self.source or _Own(self), self._host):
-            added = module.post_expert_norm(given) if module.has_post_expert_norm else given
+            added = self._normed(given, index, token, choice) if module.has_post_expert_norm else given
             added = added if self._weighs_inputs else added * weights[token, choice, None]
             if self._observer is not None:
                 norms[token, choice] = added.float().norm(dim=-1)
             output.index_add_(0, token, added.to(output.dtype))
         if self._observer is not None:
             self._observer(ExpertActivations(norms, 0, index, self.neurons))
+        return output
+
+    def _normed(self, given: Tensor, index: Tensor, token: Tensor, choice: Tensor) -> Tensor:
+        """What experts give, by the module's norm, of which each expert may have its own."""
+        module: Any = self.module
+        own = (index[token, choice],) if getattr(module, "norm_by_expert", False) else ()
+        output: Tensor = module.post_expert_norm(given, *own)
         return output
 
     def checked(self) -> dict[tuple[int, torch.dtype], Any] | None:

@@ -20,17 +20,19 @@ from griffin_offload.kernels.by_blocks import Scratch
 _SMALL_SHARE = 1 / 16
 """Of the numbers that a token reads of a layer: about a twentieth of int4's bytes. With grouped queries they are
 keys' and values' matrices, whose errors cost the most for each of their bytes (benchmarks/NOTES.md)."""
-_TIME_STEPS = "dt_proj"
+_WEIGHTS_READ = ("dt_proj", "weights_proj")
+"""Whose weights transformers reads itself, to multiply by time steps of Mamba 1, or for their type: of the heads that
+choose keys in sparse attention (DeepSeek V3.2)."""
 Tiers = Sequence[tuple[Format, int]]
 """Formats of a layer's resident neurons, and how many each has."""
 
 
 def linear_names(layer: nn.Module) -> list[str]:
     """Names, inside the layer, of what is quantised. Routers stay as they are: few numbers, on which much depends; and
-    so do time steps of Mamba 1, which multiplies by their matrix itself."""
+    so does what transformers' own classes read the weights of."""
     kinds = nn.Linear | Conv1D | QuantizedLinear
     found = [name for name, module in layer.named_modules() if isinstance(module, kinds)]
-    found = [name for name in found if name.rpartition(".")[2] != _TIME_STEPS]
+    found = [name for name in found if name.rpartition(".")[2] not in _WEIGHTS_READ]
     experts = next((expert_count(module) for module in layer.modules() if is_experts(module)), None)
     return [name for name in found if experts is None or features(layer.get_submodule(name))[0] not in (1, experts)]
 

@@ -136,8 +136,13 @@ def _takes_states_alone(router: Any) -> bool:
 
 # Experts that are called as all others' are, where transformers' own classes do otherwise. Llama 4's are given all
 # tokens for each of them, already multiplied by weights, which are zero for most. JetMoE's are slices of two matrices,
-# given tokens in the order of experts; its attention has experts of this kind, too, which stay as they are.
+# given tokens in the order of experts; its attention has experts of this kind, too, which stay as they are. Ergo's are
+# called once for every choice of a token, for a norm that each expert has of its own. Some of what is beside experts is
+# derived, too: Ergo's layers ask a projection's weight for the type of floats, which codes do not have, and its head is
+# copied in float32 for every token; and what Kolibri 1.1 chooses keys by cannot be traced.
 
+_FLOAT_ROWS = 256
+"""Of Ergo's head, as many as are made float32 at once: a few MB."""
 EXPERTS_IMPLEMENTATION = "griffin_offload"
 """Under which transformers finds our way to call experts."""
 RENAMED: dict[str, dict[str, str]] = {
@@ -161,6 +166,11 @@ def _adapt_jetmoe(mixture: Any, model: StockModel) -> None:
     del mixture.input_linear, mixture.output_linear
 
 
+def _adapt_ergo(experts: Any, model: StockModel) -> None:
+    experts.has_post_expert_norm = True
+    _derive(experts)
+
+
 def _derive(module: Any) -> None:
     stock: Any = type(module)
     module.__class__ = _derived(stock)
@@ -168,7 +178,7 @@ def _derive(module: Any) -> None:
 
 @functools.cache
 def _derived(stock: Any) -> Any:
-    own = (_LLAMA4 | _JETMOE)[stock.__name__]
+    own = (_LLAMA4 | _JETMOE | _ERGO | _KOLIBRI)[stock.__name__]
     return type(stock.__name__, (stock,), {**own, "__module__": stock.__module__})
 
 
@@ -210,6 +220,40 @@ def _mix_jetmoe(mixture: Any, layer_input: Tensor) -> Tensor:
     return output.view_as(layer_input)
 
 
+def _pass_ergo(layer: Any, hidden_states: Tensor, **given: Any) -> Tensor:
+    """Residuals are of float32, and what is added to them is computed in the type of floats that matrices have."""
+    out = layer.self_attn.o_proj
+    dtype = getattr(out, "scratch", out.weight).dtype  # a QuantizedLinear has one, for floats, whatever its weight is
+    attended, _ = layer.self_attn(layer.input_layernorm(hidden_states).to(dtype), **given)
+    hidden_states = layer.attention_residual_gate(layer.post_attention_layernorm(attended.float()), hidden_states)
+    fed = layer.mlp(layer.pre_feedforward_layernorm(hidden_states).to(dtype))
+    output: Tensor = layer.feedforward_residual_gate(layer.post_feedforward_layernorm(fed.float()), hidden_states)
+    return output
+
+
+def _float_logits(linear: Any, hidden_states: Tensor) -> Tensor:
+    """Products in float32 of numbers rounded to 16 bits, without a copy of all of the matrix."""
+    weight: Tensor = linear.weight
+    if weight.dtype == torch.float32 or hidden_states.is_cuda:
+        stock: Any = type(linear).__base__
+        found: Tensor = stock.forward(linear, hidden_states)
+        return found
+    x = hidden_states.to(weight.dtype).float()
+    logits = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    for rows, part in zip(weight.split(_FLOAT_ROWS), logits.split(_FLOAT_ROWS, dim=-1), strict=True):
+        part.copy_(nn.functional.linear(x, rows.float()))
+    return logits
+
+
+def _choose_keys(indexer: Any, queries: Tensor, keys: Tensor, attention_mask: Tensor, pool: Any = None) -> Any:
+    """A mask of the keys that each query attends to, and the pool that these are of."""
+    if attention_mask.is_meta:  # a trial that asks for sizes: how many are chosen depends on the numbers
+        every = torch.ones_like(attention_mask, dtype=torch.bool)
+        return every, every[:, 0]
+    stock: Any = type(indexer).__base__
+    return stock.forward(indexer, queries, keys, attention_mask, pool)
+
+
 _DESCRIBED = {"is_concatenated": True, "has_gate": True, "has_post_expert_norm": False, "_apply_gate": _gate}
 _LLAMA4: dict[str, dict[str, Any]] = {
     "Llama4Router": {"forward": _route_llama4},
@@ -220,7 +264,15 @@ _JETMOE: dict[str, dict[str, Any]] = {
     "JetMoeTopKGating": {"forward": _route_jetmoe},
     "JetMoeMoE": {"forward": _mix_jetmoe},
 }
+_ERGO: dict[str, dict[str, Any]] = {
+    "ErgoExperts": {"forward": _call_experts, "norm_by_expert": True},
+    "ErgoDecoderLayer": {"forward": _pass_ergo},
+    "ErgoLinearWithFP32Output": {"forward": _float_logits},
+}
+_KOLIBRI: dict[str, dict[str, Any]] = {"Kolibri1_1Indexer": {"forward": _choose_keys}}
 ADAPTERS.update({**dict.fromkeys(_LLAMA4, _adapt_llama4), "JetMoeMoE": _adapt_jetmoe})
+ADAPTERS.update({name: lambda module, _: _derive(module) for name in _ERGO | _KOLIBRI})
+ADAPTERS["ErgoExperts"] = _adapt_ergo
 
 
 class _Slices(nn.Module):

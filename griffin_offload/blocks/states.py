@@ -180,6 +180,8 @@ def kept_states(model: StockModel, decoder: nn.ModuleList) -> list[LayerState]:
     writers: dict[int, set[str]] = {}
     try:
         _pass_tokens(model, decoder, first, cache, writers)
+    except UnsupportedModel:
+        raise
     except Exception as error:  # not every architecture can be traced
         if all(type(layer) in _PLAIN for layer in cache.layers):
             return _from_config(config, len(decoder))
@@ -232,20 +234,21 @@ def _pass_tokens(
 ) -> None:
     """A forward, for what it leaves in `cache`, in which layers like an earlier one do nothing. `writers` are told, of
     each layer that runs, which of its parts have written states."""
-    made: list[Any] = []
+    made, waiting = list[Any](), set(range(len(decoder)))
 
     def run(index: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        with _writing(decoder[index], cache.layers[index]) as writers[index]:
-            made[:] = [forward(*args, **kwargs)]
-        return made[0]
-
-    def skip(*args: Any, **kwargs: Any) -> Any:
+        if index not in waiting:
+            raise UnsupportedModel(f"{_name(model)} passes layer {index} several times a token: once is streamed here")
+        waiting.remove(index)
+        if first[index] == index:
+            with _writing(decoder[index], cache.layers[index]) as writers[index]:
+                made[:] = [forward(*args, **kwargs)]
         return made[0]
 
     training = model.training
     try:
         for index, layer in enumerate(decoder):
-            layer.forward = partial(run, index, layer.forward) if first[index] == index else skip
+            layer.forward = partial(run, index, layer.forward)
         model.eval()
         tokens = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
         model(input_ids=tokens, use_cache=True, **{CACHE: cache})

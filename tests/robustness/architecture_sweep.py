@@ -41,7 +41,7 @@ _VOCAB = 320
 
 # What most configs call their sizes; each takes those that it knows.
 _SIZES: dict[str, Any] = {
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "n_vocab"), _VOCAB),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "n_vocab", "unpadded_vocab_size"), _VOCAB),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "word_embed_proj_dim"), 64),
     **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff", "dim_feedforward"), 128),
     **dict.fromkeys(("decoder_ffn_dim", "encoder_ffn_dim"), 128),
@@ -103,6 +103,13 @@ _OF_TYPE: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.0] * 4,
     },
     "gptj": {"rotary_dim": 4},
+    "inkling2_loop_text": {"n_layers_per_attn_res_block": 1, "loop_layer_index_start": 1, "loop_layer_index_end": 3},
+    "kolibri1_1": {
+        "layer_types": ["sliding_attention", *["indexed_attention"] * 3],
+        **{"index_layers": [1, 3], "kv_source_layers": [0, 1, 1, 3], "mlp_only_layers": [0]},
+        **{"index_num_heads": 2, "index_topk": 4, "index_pool_size": 16, "index_compression": 4},
+        **{"index_num_local_tokens": 4, "index_num_sink_tokens": 2, "mlp_only_intermediate_size": 128},
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {
