@@ -28,7 +28,7 @@ DEFAULT_CAPS = (
     "20GiB=ours-16bit,accelerate",
     "6GiB=ours-int4,llama-q4_k_m-mapped",
 )
-OVERHEAD_BYTES = 500_000_000  # of the cap, for our interpreter and libraries
+OVERHEAD_BYTES = 900_000_000  # of the cap, for our interpreter and libraries, and what large models hold beside budgets
 RIVAL_SHARES = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6)  # of the cap: accelerate's trials
 TRIAL_PROMPT_TOKENS, TRIAL_NEW_TOKENS = 16, 3
 

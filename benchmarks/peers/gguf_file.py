@@ -130,13 +130,11 @@ def float32(values: numpy.ndarray) -> numpy.ndarray:
     return (values.astype("<u4") << 16).view("<f4") if values.dtype == numpy.dtype("<u2") else values.astype("<f4")
 
 
-def kind_of(name: str, tensor: Tensor, file_type: str, layers: int, *, head: bool) -> GGMLQuantizationType:
-    """Of a tensor by llama.cpp's name, as its own program has it in files of this type. Q4_0 is Q4_0 throughout, which
-    is fewer bytes than in its own."""
-    if len(tensor.shape) == 1:
+def kind_of(name: str, shape: Sequence[int], file_type: str, layers: int, *, head: bool) -> GGMLQuantizationType:
+    """Of a tensor by llama.cpp's name, as its own program has it in quantised files of this type. Q4_0 is Q4_0
+    throughout, which is fewer bytes than in its own."""
+    if len(shape) == 1:
         return Kind.F32
-    if file_type in PLAIN:
-        return Kind[tensor.dtype]
     kind = Kind[file_type.removesuffix("_M")]
     if file_type.endswith("_K_M"):
         _, number, *part = name.split(".") if name.startswith("blk.") else ("", "0", "")
@@ -144,7 +142,7 @@ def kind_of(name: str, tensor: Tensor, file_type: str, layers: int, *, head: boo
         more = layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
         if head or (more and part[0] in ("attn_v", "ffn_down")):
             kind = Kind.Q6_K
-    return OF_SHORT_ROWS[kind] if tensor.shape[-1] % GGML_QUANT_SIZES[kind][0] else kind
+    return OF_SHORT_ROWS[kind] if shape[-1] % GGML_QUANT_SIZES[kind][0] else kind
 
 
 def write_gguf(folder: Path, out: Path, file_type: str, threads: int) -> None:
@@ -155,7 +153,13 @@ def write_gguf(folder: Path, out: Path, file_type: str, threads: int) -> None:
     if None in known:
         raise SystemExit(f"error: llama.cpp has no name for {known[None]}")
     head = "output.weight" if "output.weight" in known else "token_embd.weight"
-    kinds = {name: kind_of(name, stored[own], file_type, layers, head=name == head) for name, own in known.items()}
+
+    def kind(name: str, tensor: Tensor) -> GGMLQuantizationType:
+        if file_type in PLAIN and len(tensor.shape) > 1:
+            return Kind[tensor.dtype]
+        return kind_of(name, tensor.shape, file_type, layers, head=name == head)
+
+    kinds = {name: kind(name, stored[own]) for name, own in known.items()}
 
     def data(name: str) -> numpy.ndarray:
         values = stored[known[name]].read()

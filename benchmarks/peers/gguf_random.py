@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
-from peers.gguf_file import add_config, add_vocabulary, write_file
+from peers.gguf_file import add_config, add_vocabulary, kind_of, write_file
 from shapes import MIXTURES, ROUTER_SKEW, SHAPES, Mixture
 
 Kind = GGMLQuantizationType
@@ -57,17 +57,19 @@ def floats(name: str, shape: tuple[int, ...], random: numpy.random.Generator) ->
     return numpy.full(shape, float(name.endswith("norm.weight")), dtype="<f4")
 
 
-def llama_tensors(shape: tuple[int, ...], kind: GGMLQuantizationType) -> Tensors:
-    """Head and embeddings are Q6_K, as in llama.cpp's own files."""
+def llama_tensors(shape: tuple[int, ...], file_type: str) -> Tensors:
+    """Q4_K_M as llama.cpp's own program has it; of any other type all matrices but head and embeddings, in Q6_K."""
     hidden, inner, layers, heads, kv_heads, words = shape
     kv = hidden // heads * kv_heads
     sizes = {"attn_q": (hidden, hidden), "attn_k": (kv, hidden), "attn_v": (kv, hidden)}
     sizes |= {"attn_output": (hidden, hidden), "ffn_gate": (inner, hidden), "ffn_up": (inner, hidden)}
     sizes |= {"ffn_down": (hidden, inner)}
-    yield "token_embd.weight", ((words, hidden), Kind.Q6_K)
+    embeddings = Kind.Q4_K if file_type == "Q4_K_M" else Kind.Q6_K
+    yield "token_embd.weight", ((words, hidden), embeddings)
     for layer in range(layers):
         for name, size in sizes.items():
-            yield f"blk.{layer}.{name}.weight", (size, kind)
+            tensor = f"blk.{layer}.{name}.weight"
+            yield tensor, (size, kind_of(tensor, size, file_type, layers, head=False))
         for name in ("attn", "ffn"):
             yield f"blk.{layer}.{name}_norm.weight", ((hidden,), Kind.F32)
     yield "output_norm.weight", ((hidden,), Kind.F32)
@@ -117,14 +119,14 @@ def mixture_writer(mixture: Mixture) -> GGUFWriter:
     return writer
 
 
-def llama_writer(shape: tuple[int, ...], kind: GGMLQuantizationType) -> GGUFWriter:
+def llama_writer(shape: tuple[int, ...], file_type: str) -> GGUFWriter:
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     config = dict(zip((*names, "vocab_size"), shape, strict=True))
     writer = GGUFWriter(None, "llama")
     add_config(
         writer,
         config | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
-        "Q2_K" if kind == Kind.Q2_K else "Q4_K_M",
+        "Q2_K" if file_type == "Q2_K" else "Q4_K_M",
     )
     return writer
 
@@ -134,15 +136,16 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--shape", choices=[*SHAPES, *MIXTURES], default="llama-2-13b")
     parser.add_argument("--layers", type=int, help="fewer than a Llama's shape has")
-    parser.add_argument("--type", choices=[kind.name for kind in STEPS], default="Q4_K", help="of a Llama's matrices")
+    types = [kind.name for kind in STEPS]
+    parser.add_argument("--type", choices=["Q4_K_M", *types], default="Q4_K", help="of a Llama's matrices")
     args = parser.parse_args()
     random = numpy.random.default_rng(0)
     if args.shape in MIXTURES:
         writer, tensors = mixture_writer(MIXTURES[args.shape]), dict(mixture_tensors(MIXTURES[args.shape]))
     else:
-        kind, (hidden, inner, layers, *others) = Kind[args.type], SHAPES[args.shape]
+        hidden, inner, layers, *others = SHAPES[args.shape]
         shape = (hidden, inner, args.layers or layers, *others)
-        writer, tensors = llama_writer(shape, kind), dict(llama_tensors(shape, kind))
+        writer, tensors = llama_writer(shape, args.type), dict(llama_tensors(shape, args.type))
 
     def data(name: str) -> numpy.ndarray:
         shape, kind = tensors[name]

@@ -32,6 +32,8 @@ _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
 _HUGE_BYTES = 2 * 2**20
 HOST_OVERHEAD_BYTES = 500_000_000
 """On the CPU: allocator caches, thread stacks and Python objects, beside the ledger, for any model over 1 GB."""
+# From here on the process's growth is a figure of the model and no longer of the interpreter.
+LARGE_MODEL_BYTES = 10**9
 CGROUP, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
 
@@ -333,7 +335,15 @@ def budget_bytes(config: LoadConfig, device: Device, *, absent: bool = False) ->
             )
         limit = config.max_cpu_mem
     free, total = device.memory_bytes()
-    return parse_size(limit, total_bytes=total, free_bytes=free)
+    budget = parse_size(limit, total_bytes=total, free_bytes=free)
+    if device.shares_host_memory and isinstance(limit, str) and limit.strip().lower() == "auto":
+        return min(budget, free - min(HOST_OVERHEAD_BYTES, free // 3))  # a tenth of little holds no program
+    return budget
+
+
+def beside_bytes(device: Device, model_bytes: int) -> int | None:
+    """What a process may come to hold beside its budget, of a model of `model_bytes`; None where nothing is stated."""
+    return HOST_OVERHEAD_BYTES if device.shares_host_memory and model_bytes > LARGE_MODEL_BYTES else None
 
 
 def _size_of_absent(size: str | int, device: Device) -> int:

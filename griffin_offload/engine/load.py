@@ -18,7 +18,7 @@ from griffin_offload.checkpoint.config_files import settle_generation_config
 from griffin_offload.checkpoint.files import Mappings
 from griffin_offload.checkpoint.mapped import FilePages
 from griffin_offload.config import LoadConfig
-from griffin_offload.devices.memory import Ledger, host_bytes
+from griffin_offload.devices.memory import Ledger, beside_bytes, host_bytes
 from griffin_offload.devices.threads import limited_threads
 from griffin_offload.engine.build import build, emulates_halves, use_own_attention, use_own_linears, use_own_norms
 from griffin_offload.engine.calibration import Importance, importance_of
@@ -222,12 +222,16 @@ def check_stored(checkpoint: Checkpoint, described_bytes: int) -> None:
 
 
 def check_free_memory(model_spec: ModelSpec, plan: Plan) -> None:
+    """DoesNotFit where the plan's memory is not free, or on the CPU that and what the process holds beside it: the
+    kernel would take the pages of the program itself, and read them again for every token."""
     free, _ = model_spec.hardware.memory_bytes()
     needed = plan.peak_bytes - plan.parts["overhead"]
-    if needed > free:
+    beside = beside_bytes(model_spec.hardware, plan.full_bytes) or 0
+    if needed + beside > free:
+        more = f" and the program itself up to {format_bytes(beside)}" if beside else ""
         raise DoesNotFit(
-            f"the plan needs {format_bytes(needed)} but only {format_bytes(free)} of the {model_spec.hardware.name} "
-            "device's memory are free: close other programs or lower --max-gpu-mem"
+            f"the plan needs {format_bytes(needed)}{more}, but only {format_bytes(free)} of the "
+            f"{model_spec.hardware.name} device's memory are free: close other programs or lower --max-gpu-mem"
         )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from griffin_offload.checkpoint.registry import locate
 from griffin_offload.config import MOST_TOGETHER, LoadConfig
-from griffin_offload.devices.memory import HOST_OVERHEAD_BYTES, OutOfMemoryAsError, give_back_freed, peak_host_bytes
+from griffin_offload.devices.memory import OutOfMemoryAsError, beside_bytes, give_back_freed, peak_host_bytes
 from griffin_offload.devices.threads import limited_threads, own_modes
 from griffin_offload.engine.arguments import empty_context, prepared
 from griffin_offload.engine.chat import ChatSession
@@ -35,9 +35,6 @@ from griffin_offload.kv_cache.sequence import Context
 from griffin_offload.kv_cache.sequence_file import load_context, save_context
 from griffin_offload.planner.plan import Plan
 from griffin_offload.transformers_api import StockModel, Tokenizer
-
-# From here on the process's growth is a figure of the model and no longer of the interpreter.
-_LARGE_MODEL_BYTES = 10**9
 
 
 class GriffinModel(StockInterface):
@@ -247,8 +244,7 @@ class GriffinModel(StockInterface):
             mode = self._mode(exact, draft_tokens, refresh, lookup)
             output, report = self._answer(inputs, prompt, kwargs, mode, context, prompt_done, structure)
             self.last_report = report
-        large = self.hardware.shares_host_memory and self.plan.full_bytes > _LARGE_MODEL_BYTES
-        for broken in report.broken_promises(HOST_OVERHEAD_BYTES if large else None):
+        for broken in report.broken_promises(beside_bytes(self.hardware, self.plan.full_bytes)):
             warnings.warn(broken, BudgetExceeded, stacklevel=2)
         return output
 

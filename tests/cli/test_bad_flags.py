@@ -1,11 +1,14 @@
 """Every flag, prompt and budget that cannot be used: one line, exit code 2 or 3, nothing computed."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from griffin_offload import DoesNotFit, GriffinModel
+from griffin_offload.devices import memory
 from griffin_offload.devices.registry import CpuDevice
 
 PLAN_FLAGS = [
@@ -216,3 +219,27 @@ def test_no_free_memory(cli, llama: Path, register_device):
     flags = ("run", "the cat", "-n", 4, "-m", llama, "--max-gpu-mem", "1MB", "--device", "crowded")
     register_device(_Crowded)
     cli.refuses(3, "only 100.0 kB of the crowded device's memory are free", *flags)
+
+
+class _Roomy(CpuDevice):
+    name, torch_type = "roomy", "cpu"
+    free_bytes = 10**9
+
+    def memory_bytes(self) -> tuple[int, int]:
+        return self.free_bytes, 10**9
+
+
+def test_the_program_itself_needs_room_beside_a_large_plan(llama: Path, register_device, monkeypatch):
+    """Seen with 13B in a container whose limit the plan filled: pages of libraries were read for every token."""
+    register_device(_Roomy)
+    load = partial(GriffinModel.from_pretrained, llama, device="roomy", max_gpu_mem="1MB", density=1.0)
+    with load() as model:
+        needed = model.plan.peak_bytes
+    monkeypatch.setattr(memory, "LARGE_MODEL_BYTES", 1)
+    monkeypatch.setattr(_Roomy, "free_bytes", needed + memory.HOST_OVERHEAD_BYTES)
+    load().close()
+    monkeypatch.setattr(_Roomy, "free_bytes", needed + memory.HOST_OVERHEAD_BYTES - 1)
+    with pytest.raises(DoesNotFit, match=r"the program itself up to 500.0 MB, but only 501.\d MB of the roomy"):
+        load()
+    monkeypatch.setattr(memory, "LARGE_MODEL_BYTES", 10**9)
+    load().close()
