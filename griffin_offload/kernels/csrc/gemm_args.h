@@ -29,8 +29,11 @@ typedef struct {
     int32_t *lanes;          /* of strips by tiles a table; of rows what may be read behind their steps */
     int64_t rows, parts, outputs, features, inputs, group, x_type, scale_type, threads;
     int64_t wide;            /* 1: by AVX-512, 2: many rows by AMX */
-    int64_t ahead;           /* whether weights are asked for before they are needed */
+    int64_t ahead;           /* whether weights are asked for before they are needed, as below */
 } Product;
+
+/* By processors that look ahead too little by themselves, and by all where several rows leave them too little to do it in. */
+enum { ON_ITS_OWN = 1, OF_SEVERAL = 2 };
 
 #define WIDE_LANES 16 /* 32-bit numbers of a vector of AVX-512 */
 

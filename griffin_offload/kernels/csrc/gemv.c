@@ -213,6 +213,7 @@ AVX2 static Product one_of(const Several *s, const Matrix *m) {
     p.step += made * s->step;
     p.lanes += made * s->lanes;
     p.rows = m->rows;
+    if (!p.ahead && p.rows * p.parts > 1) p.ahead = OF_SEVERAL;
     p.input_scale = m->input_scale;
     p.weight = m->weight;
     p.groups = m->groups;

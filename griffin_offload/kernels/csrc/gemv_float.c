@@ -71,6 +71,7 @@ BF16 INLINED void pairs_outputs(const Product *p, int64_t output, int64_t first,
             for (int i = 0; i < vectors; i++) {
                 const uint16_t *here = weights + o * p->inputs + at + i * HALVES;
                 if (outputs > 1) __builtin_prefetch(here + outputs * p->inputs);
+                else if (p->ahead) fetch_ahead(here, 1);
                 __m512bh weight = pairs_at(here, ~(__mmask32)0);
                 for (int r = 0; r < rows; r++) {
                     __m512bh numbers = pairs_at(x + r * p->inputs + at + i * HALVES, ~(__mmask32)0);
@@ -101,7 +102,7 @@ BF16 INLINED void pairs_rows(const Product *p, int64_t output, const int outputs
 BF16 void pairs_by_bf16(const void *product, int64_t start, int64_t end) {
     const Product *p = product;
     int64_t output = start;
-    if (p->ahead)
+    if (p->ahead == ON_ITS_OWN)
         for (; output + TURNS <= end; output += TURNS) pairs_rows(p, output, TURNS, 2);
     for (; output < end; output++) pairs_rows(p, output, 1, SUMS);
 }

@@ -39,6 +39,7 @@ VNNI INLINED void read_steps(const Product *p, int64_t output, int64_t start, in
     __m512i eighths[HALVES][LINES];
     for (int h = 0; h < HALVES; h++) {
         const uint8_t *pairs = pairs_of(p, output / INT4_GROUP + h, start);
+        __builtin_prefetch(pairs + 512);
         __m512i code[LINES], most;
         for (int l = 0; l < LINES; l++) {
             const __m256i own = l * WIDE_LANES < count ? _mm256_loadu_si256((const __m256i *)pairs + l) : _mm256_setzero_si256();
@@ -103,7 +104,7 @@ VNNI INLINED void add_quads(const Product *p, const uint8_t *codes, int64_t coun
     for (int64_t q = 0; q < count / QUAD; q += turns)
 #pragma GCC unroll 2
         for (int t = 0; t < turns; t++, codes += QUAD * STRIP_BYTES) {
-            if (p->ahead) fetch_ahead(codes, 2);
+            fetch_ahead(codes, 2);
             const __m512i weights = _mm512_permutex2var_epi8(_mm512_loadu_si512(codes), order, _mm512_loadu_si512(codes + 64));
             const __m512i lows = _mm512_and_si512(weights, nibble);
 #pragma GCC unroll 8

@@ -105,14 +105,15 @@ VNNI INLINED __m512i lanes_of_four(int first) {
 }
 
 /* Add `count` groups, up to 16, of `outputs` outputs and of `rows` rows from `first`: what is read of a row serves all
- * outputs, and codes all rows. */
+ * outputs, and codes all rows. Codes of as many outputs `further` are asked for meanwhile, unless that is 0. */
 VNNI INLINED void add_sixteen(const Product *p, int64_t output, int64_t group, const int64_t count, int64_t first,
-                              __m512 (*total)[MOST][2], const int outputs, const int rows) {
+                              __m512 (*total)[MOST][2], const int outputs, const int rows, int64_t further) {
     const int64_t groups = groups_of(p);
     const __mmask16 wanted = (__mmask16)((1u << count) - 1);
     __m512 scale[OUTPUTS][MOST];
     for (int o = 0; o < outputs; o++) {
         __m512 step, offset;
+        if (further) fetch_behind(p->groups + ((output + o + further) * groups + group) * PAIR_BYTES, 1);
         sixteen_steps(_mm256_maskz_loadu_epi16(wanted, p->groups + ((output + o) * groups + group) * PAIR_BYTES), &step, &offset);
         offset = _mm512_mul_ps(step, offset);
         for (int r = 0; r < rows; r++) {
@@ -129,7 +130,8 @@ VNNI INLINED void add_sixteen(const Product *p, int64_t output, int64_t group, c
         __m512i low[OUTPUTS], high[OUTPUTS];
         for (int o = 0; o < outputs; o++) {
             const uint8_t *from = codes_of(p, (output + o) * groups + group) + four * FOUR_BYTES;
-            if (p->ahead) fetch_ahead(from, 1);
+            if (p->ahead == ON_ITS_OWN) fetch_ahead(from, 1);
+            if (further) fetch_behind(from + further * groups * INT4_BYTES, 1);
             const __m512i both = left >= FOUR_BYTES ? _mm512_loadu_si512(from)
                                                     : _mm512_maskz_loadu_epi8(((__mmask64)1 << left) - 1, from);
             low[o] = _mm512_and_si512(both, nibble);
@@ -148,14 +150,15 @@ VNNI INLINED void add_sixteen(const Product *p, int64_t output, int64_t group, c
     }
 }
 
-VNNI INLINED void int4_bytes_outputs(const Product *p, int64_t output, int64_t first, const int outputs, const int rows) {
+VNNI INLINED void int4_bytes_outputs(const Product *p, int64_t output, int64_t first, const int outputs, const int rows,
+                                     int64_t further) {
     const int64_t groups = groups_of(p), whole = groups / WIDE_LANES * WIDE_LANES;
     __m512 total[OUTPUTS][MOST][2];
     for (int o = 0; o < outputs; o++)
         for (int r = 0; r < rows; r++) total[o][r][0] = total[o][r][1] = _mm512_setzero_ps();
     for (int64_t group = 0; group < whole; group += WIDE_LANES)
-        add_sixteen(p, output, group, WIDE_LANES, first, total, outputs, rows);
-    if (whole < groups) add_sixteen(p, output, whole, groups - whole, first, total, outputs, rows);
+        add_sixteen(p, output, group, WIDE_LANES, first, total, outputs, rows, further);
+    if (whole < groups) add_sixteen(p, output, whole, groups - whole, first, total, outputs, rows, further);
     for (int o = 0; o < outputs; o++)
         for (int r = 0; r < rows; r++)
             p->sums[(first + r) * p->outputs + output + o] =
@@ -163,28 +166,31 @@ VNNI INLINED void int4_bytes_outputs(const Product *p, int64_t output, int64_t f
 }
 
 /* Outputs two at a time where their codes lie in the second cache by now. */
-VNNI INLINED void int4_bytes_rows(const Product *p, int64_t start, int64_t end, int64_t first, const int rows, int shared) {
-    for (; shared && start + OUTPUTS <= end; start += OUTPUTS) int4_bytes_outputs(p, start, first, OUTPUTS, rows);
-    for (; start < end; start++) int4_bytes_outputs(p, start, first, 1, rows);
+VNNI INLINED void int4_bytes_rows(const Product *p, int64_t start, int64_t end, int64_t first, const int rows, int shared,
+                                  int64_t further) {
+    for (; shared && start + OUTPUTS <= end; start += OUTPUTS)
+        int4_bytes_outputs(p, start, first, OUTPUTS, rows, further);
+    for (; start < end; start++) int4_bytes_outputs(p, start, first, 1, rows, further);
 }
 
 VNNI void int4_rows_by_vnni(const void *product, int64_t start, int64_t end) {
     const Product *p = product;
     const int64_t rows = p->rows * p->parts, groups = groups_of(p);
     const int64_t each = filled_inputs(p) + groups * (int64_t)(sizeof *p->step + sizeof *p->floats);
-    const int crowded = !p->ahead && crowds_first_cache(least(rows, MOST) * each);
+    const int shared = p->ahead == OF_SEVERAL || (!p->ahead && crowds_first_cache(each));
+    if (shared) {
+        const int64_t count = least(AGAIN, end - start) * groups;
+        to_second_cache(codes_of(p, start * groups), count * INT4_BYTES);
+        to_second_cache(p->groups + start * groups * PAIR_BYTES, count * PAIR_BYTES);
+    }
     /* Four rows' bytes stay in the first cache while a few outputs' codes, which the second one keeps, pass again. */
     for (int64_t some = start; some < end; some += AGAIN) {
-        const int64_t last = least(some + AGAIN, end), at = some * groups, count = (last - some) * groups;
-        if (crowded) {
-            to_second_cache(codes_of(p, at), count * INT4_BYTES);
-            to_second_cache(p->groups + at * PAIR_BYTES, count * PAIR_BYTES);
-        }
-        int64_t first = 0;
-        for (; first + 4 <= rows; first += 4) int4_bytes_rows(p, some, last, first, 4, crowded);
-        if (rows - first == 3) int4_bytes_rows(p, some, last, first, 3, crowded);
-        else if (rows - first == 2) int4_bytes_rows(p, some, last, first, 2, crowded);
-        else if (rows - first == 1) int4_bytes_rows(p, some, last, first, 1, crowded);
+        const int64_t last = least(some + AGAIN, end);
+        int64_t first = 0, further = shared ? AGAIN : 0;
+        for (; first + 4 <= rows; first += 4, further = 0) int4_bytes_rows(p, some, last, first, 4, shared, further);
+        if (rows - first == 3) int4_bytes_rows(p, some, last, first, 3, shared, further);
+        else if (rows - first == 2) int4_bytes_rows(p, some, last, first, 2, shared, further);
+        else if (rows - first == 1) int4_bytes_rows(p, some, last, first, 1, shared, further);
     }
 }
 

@@ -75,8 +75,10 @@ VNNI INLINED void add_taken(const Product *p, const int8_t *weights, const int16
     }
 }
 
-/* `outputs` outputs of `rows` rows from `first`, a group of each in turn. */
-VNNI INLINED void wide_outputs(const Product *p, int64_t output, int64_t first, const int outputs, const int rows) {
+/* `outputs` outputs of `rows` rows from `first`, a group of each in turn. Weights as far as `further` behind are asked for
+ * meanwhile, unless that is 0. */
+VNNI INLINED void wide_outputs(const Product *p, int64_t output, int64_t first, const int outputs, const int rows,
+                               int64_t further) {
     const int8_t *weights = (const int8_t *)p->weight + output * p->inputs;
     const int64_t groups = groups_of(p);
     const int16_t *x = p->numbers + first * p->inputs;
@@ -90,7 +92,10 @@ VNNI INLINED void wide_outputs(const Product *p, int64_t output, int64_t first, 
         for (int o = 0; o < outputs; o++)
             for (int r = 0; r < rows; r++) sum[o][r] = _mm512_setzero_si512();
         if (at + GROUP <= p->inputs) {
-            for (int o = 0; p->ahead && o < outputs; o++) fetch_ahead(weights + o * p->inputs + at, GROUP / 64);
+            for (int o = 0; o < outputs; o++) {
+                if (p->ahead == ON_ITS_OWN) fetch_ahead(weights + o * p->inputs + at, GROUP / 64);
+                else if (further) fetch_behind(weights + o * p->inputs + at + further, GROUP / 64);
+            }
 #pragma GCC unroll 4
             for (int64_t k = 0; k < GROUP; k += TAKEN) add_taken(p, weights + at + k, x + at + k, TAKEN, sum, outputs, rows);
         } else
@@ -108,31 +113,32 @@ VNNI INLINED void wide_outputs(const Product *p, int64_t output, int64_t first, 
 }
 
 VNNI INLINED void wide_outputs_of(const Product *p, int64_t start, int64_t end, int64_t first, const int rows,
-                                  const int together) {
-    for (; start + together <= end; start += together) wide_outputs(p, start, first, together, rows);
-    for (; start < end; start++) wide_outputs(p, start, first, 1, rows);
+                                  const int together, int64_t further) {
+    for (; start + together <= end; start += together) wide_outputs(p, start, first, together, rows, further);
+    for (; start < end; start++) wide_outputs(p, start, first, 1, rows, further);
 }
 
 /* Several outputs share a row's numbers where weights are asked for early, or lie in the second cache by now; elsewhere
  * memory is read twice as fast in one stream. */
-VNNI INLINED void wide_rows(const Product *p, int64_t start, int64_t end, int64_t first, const int rows, int shared) {
-    if (shared) wide_outputs_of(p, start, end, first, rows, rows > 2 ? MOST / 2 : MOST);
-    else wide_outputs_of(p, start, end, first, rows, 1);
+VNNI INLINED void wide_rows(const Product *p, int64_t start, int64_t end, int64_t first, const int rows, int shared,
+                            int64_t further) {
+    if (shared) wide_outputs_of(p, start, end, first, rows, rows > 2 ? MOST / 2 : MOST, further);
+    else wide_outputs_of(p, start, end, first, rows, 1, further);
 }
 
 VNNI void int8_by_vnni(const void *product, int64_t start, int64_t end) {
     const Product *p = product;
-    const int64_t rows = p->rows * p->parts;
-    const int crowded = !p->ahead && crowds_first_cache(least(rows, MOST) * p->inputs * (int64_t)sizeof *p->numbers);
+    const int64_t rows = p->rows * p->parts, block = AGAIN * p->inputs;
+    const int crowded = crowds_first_cache(least(rows, MOST) * p->inputs * (int64_t)sizeof *p->numbers);
+    const int behind = p->ahead != ON_ITS_OWN && crowded, shared = p->ahead == ON_ITS_OWN || crowded;
+    if (behind) to_second_cache((const char *)p->weight + start * p->inputs, least(block, (end - start) * p->inputs));
     for (int64_t some = start; some < end; some += AGAIN) {
         const int64_t last = least(some + AGAIN, end);
-        if (crowded) to_second_cache((const char *)p->weight + some * p->inputs, (last - some) * p->inputs);
-        const int shared = p->ahead || crowded;
-        int64_t first = 0;
-        for (; first + 4 <= rows; first += 4) wide_rows(p, some, last, first, 4, shared);
-        if (rows - first == 3) wide_rows(p, some, last, first, 3, shared);
-        else if (rows - first == 2) wide_rows(p, some, last, first, 2, shared);
-        else if (rows - first == 1) wide_rows(p, some, last, first, 1, shared);
+        int64_t further = behind ? block : 0, first = 0;
+        for (; first + 4 <= rows; first += 4, further = 0) wide_rows(p, some, last, first, 4, shared, further);
+        if (rows - first == 3) wide_rows(p, some, last, first, 3, shared, further);
+        else if (rows - first == 2) wide_rows(p, some, last, first, 2, shared, further);
+        else if (rows - first == 1) wide_rows(p, some, last, first, 1, shared, further);
     }
 }
 
