@@ -117,30 +117,38 @@ VNNI INLINED __m512i codes_of_place(__m512i low, __m512i high, const int place, 
     return _mm512_ternarylogic_epi32(codes, bits_of_place, _mm512_set1_epi8(4), 0xf8); /* codes | (bits & 4) */
 }
 
-/* Add `count` groups, up to 8, of an output and of `rows` rows from `first`. */
-VNNI INLINED void add_eight(const Product *p, int64_t output, int64_t group, const int64_t count, int64_t first,
-                            __m512 (*total)[2], int turn, const int rows, const int bits) {
-    const int64_t groups = groups_of_row(p), at = output * groups + group;
+/* Where an output's weights begin, and what was made of the first of the rows that are multiplied at once; and how far
+ * the next row's lies behind. */
+typedef struct {
+    const uint8_t *codes, *pairs;
+    const int8_t *bytes;
+    const float *step, *floats;
+    int64_t apart, halves, ahead;
+} Output;
+
+/* Add `count` groups, up to 8, to `total` of `rows` rows. */
+VNNI INLINED void add_eight(const Output *o, int64_t group, const int64_t count, __m512 (*total)[2], int turn,
+                            const int rows, const int bits) {
     const __mmask16 wanted = (__mmask16)((1u << 2 * count) - 1);
     __m512 step, offset, scale[4];
-    const __m128i bytes = _mm_maskz_loadu_epi8(wanted, p->groups + at * PAIR_BYTES);
-    sixteen_halves(_mm512_cvtepu8_epi32(bytes), &step, &offset, bits);
+    sixteen_halves(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(wanted, o->pairs + group * PAIR_BYTES)), &step, &offset, bits);
     offset = _mm512_mul_ps(step, offset);
     for (int r = 0; r < rows; r++) {
-        const int64_t here = 2 * ((first + r) * groups + group);
-        scale[r] = _mm512_mul_ps(step, _mm512_maskz_loadu_ps(wanted, p->step + here));
-        total[r][!turn] = _mm512_fmadd_ps(offset, _mm512_maskz_loadu_ps(wanted, p->floats + here), total[r][!turn]);
+        const int64_t here = r * o->halves + 2 * group;
+        scale[r] = _mm512_mul_ps(step, _mm512_maskz_loadu_ps(wanted, o->step + here));
+        total[r][!turn] = _mm512_fmadd_ps(offset, _mm512_maskz_loadu_ps(wanted, o->floats + here), total[r][!turn]);
     }
-    const uint8_t *from = (const uint8_t *)p->weight + at * CODE_BYTES(bits);
-    if (p->ahead) fetch_ahead(from, 2);
+    const uint8_t *from = o->codes + group * CODE_BYTES(bits);
+    if (o->ahead) fetch_ahead(from, 2);
     __m512i low, high = _mm512_setzero_si512(), sum[4][2];
     load_eight(from, count, &low, &high, bits);
+    __asm__("" : "+v"(low)); /* else it is read anew for each place */
     for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = _mm512_setzero_si512();
 #pragma GCC unroll 4
     for (int place = 0; place < PLACES; place++) {
         const __m512i codes = codes_of_place(low, high, place, bits);
         for (int r = 0; r < rows; r++) {
-            const __m512i x = _mm512_loadu_si512(few_bytes(p, first + r) + group * INT4_GROUP + 64 * place);
+            const __m512i x = _mm512_loadu_si512(o->bytes + r * o->apart + group * INT4_GROUP + 64 * place);
             __asm__("vpdpbusd %2, %1, %0" : "+v"(sum[r][place % 2]) : "v"(codes), "v"(x));
         }
     }
@@ -152,15 +160,18 @@ VNNI INLINED void add_eight(const Product *p, int64_t output, int64_t group, con
 
 VNNI INLINED void wide_output(const Product *p, int64_t output, int64_t first, const int rows, const int bits) {
     const int64_t groups = groups_of_row(p), whole = groups / EIGHT * EIGHT;
+    const Output o = {(const uint8_t *)p->weight + output * groups * CODE_BYTES(bits), p->groups + output * groups * PAIR_BYTES,
+                      few_bytes(p, first), p->step + 2 * first * groups, p->floats + 2 * first * groups, few_filled(p),
+                      2 * groups, p->ahead};
     __m512 total[4][2];
     for (int r = 0; r < rows; r++) total[r][0] = total[r][1] = _mm512_setzero_ps();
     int64_t group = 0;
     for (; group + EIGHT < whole; group += 2 * EIGHT) {
-        add_eight(p, output, group, EIGHT, first, total, 0, rows, bits);
-        add_eight(p, output, group + EIGHT, EIGHT, first, total, 1, rows, bits);
+        add_eight(&o, group, EIGHT, total, 0, rows, bits);
+        add_eight(&o, group + EIGHT, EIGHT, total, 1, rows, bits);
     }
-    if (group < whole) add_eight(p, output, group, EIGHT, first, total, 0, rows, bits);
-    if (whole < groups) add_eight(p, output, whole, groups - whole, first, total, 1, rows, bits);
+    if (group < whole) add_eight(&o, group, EIGHT, total, 0, rows, bits);
+    if (whole < groups) add_eight(&o, whole, groups - whole, total, 1, rows, bits);
     for (int r = 0; r < rows; r++) {
         const float sum = _mm512_reduce_add_ps(_mm512_add_ps(total[r][0], total[r][1]));
         p->sums[(first + r) * p->outputs + output] = sum * row_scale(p, output);
