@@ -240,6 +240,20 @@ def test_strips_by_bytes_are_the_same_however_many_rows_there_are(rows: int, six
     assert torch.equal(again[1:], found[1:])
 
 
+@needs_kernels
+@pytest.mark.parametrize("kind", [*KINDS, LANES])
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_rows_are_the_same_however_many_there_are(kind: Kind, bits: int):
+    """To the last bit, though some are multiplied at once and others ask for weights behind: 13 groups, 37 outputs."""
+    generator = torch.Generator().manual_seed(bits)
+    x, (codes, pairs) = torch.randn(9, 13 * 32, generator=generator).bfloat16(), _packed(37, 13, bits)
+    own, scale = _kernels(**kind), torch.rand(37, generator=generator).add(0.1)
+    alone = torch.cat([own.multiply_rows(row[None], codes, pairs, scale, bits=bits) for row in x])
+    assert alone.isfinite().all()
+    for rows in range(2, 10):
+        assert torch.equal(own.multiply_rows(x[:rows], codes, pairs, scale, bits=bits), alone[:rows]), rows
+
+
 def _by_tiles() -> gemv.GemvKernels:
     found = library()
     assert found is not None
