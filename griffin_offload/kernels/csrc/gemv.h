@@ -20,8 +20,8 @@ INLINED void fetch_ahead(const void *from, int lines) {
     for (int i = 0; i < lines; i++) __builtin_prefetch((const char *)from + AHEAD + 64 * i);
 }
 
-/* Into the second cache, which has room for more of them. */
-INLINED void fetch_behind(const void *from, int lines) {
+/* What lies there itself, into the second cache: it has room for what is needed much later. */
+INLINED void fetch_to_second_cache(const void *from, int lines) {
     for (int i = 0; i < lines; i++) __builtin_prefetch((const char *)from + 64 * i, 0, 2);
 }
 

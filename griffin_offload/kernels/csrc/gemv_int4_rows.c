@@ -113,7 +113,7 @@ VNNI INLINED void add_sixteen(const Product *p, int64_t output, int64_t group, c
     __m512 scale[OUTPUTS][MOST];
     for (int o = 0; o < outputs; o++) {
         __m512 step, offset;
-        if (further) fetch_behind(p->groups + ((output + o + further) * groups + group) * PAIR_BYTES, 1);
+        if (further) fetch_to_second_cache(p->groups + ((output + o + further) * groups + group) * PAIR_BYTES, 1);
         sixteen_steps(_mm256_maskz_loadu_epi16(wanted, p->groups + ((output + o) * groups + group) * PAIR_BYTES), &step, &offset);
         offset = _mm512_mul_ps(step, offset);
         for (int r = 0; r < rows; r++) {
@@ -131,7 +131,7 @@ VNNI INLINED void add_sixteen(const Product *p, int64_t output, int64_t group, c
         for (int o = 0; o < outputs; o++) {
             const uint8_t *from = codes_of(p, (output + o) * groups + group) + four * FOUR_BYTES;
             if (p->ahead == ON_ITS_OWN) fetch_ahead(from, 1);
-            if (further) fetch_behind(from + further * groups * INT4_BYTES, 1);
+            if (further) fetch_to_second_cache(from + further * groups * INT4_BYTES, 1);
             const __m512i both = left >= FOUR_BYTES ? _mm512_loadu_si512(from)
                                                     : _mm512_maskz_loadu_epi8(((__mmask64)1 << left) - 1, from);
             low[o] = _mm512_and_si512(both, nibble);

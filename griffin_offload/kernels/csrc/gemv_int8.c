@@ -94,7 +94,7 @@ VNNI INLINED void wide_outputs(const Product *p, int64_t output, int64_t first, 
         if (at + GROUP <= p->inputs) {
             for (int o = 0; o < outputs; o++) {
                 if (p->ahead == ON_ITS_OWN) fetch_ahead(weights + o * p->inputs + at, GROUP / 64);
-                else if (further) fetch_behind(weights + o * p->inputs + at + further, GROUP / 64);
+                else if (further) fetch_to_second_cache(weights + o * p->inputs + at + further, GROUP / 64);
             }
 #pragma GCC unroll 4
             for (int64_t k = 0; k < GROUP; k += TAKEN) add_taken(p, weights + at + k, x + at + k, TAKEN, sum, outputs, rows);
