@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from griffin_offload.errors import UsageError
 
-DEVICE_NAMES = ["auto", "cuda", "mps", "cpu"]
+DEVICE_NAMES = ["auto", "cuda", "xpu", "mps", "cpu"]
 """The kinds in devices/registry.py, which adds those that are registered later."""
 Offload = Literal["auto", "ram", "disk"]
 SelectionMethod = Literal["topk", "output_aware", "sample", "topk_sample", "random", "magnitude"]

@@ -1,5 +1,5 @@
-"""`Device`: all that the package asks of what computes. CUDA has a file beside this one, the CPU and MPS a few lines in
-`registry`.
+"""`Device`: all that the package asks of what computes. CUDA and XPU have a file beside this one, the CPU and
+MPS a few lines in `registry`.
 
 Outside this room nobody asks for a device's type or calls torch.cuda: whoever needs to know more adds a question here.
 """

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from griffin_offload.config import DEVICE_NAMES
 from griffin_offload.devices.base import Device
-from griffin_offload.devices.cuda import CudaDevice
+from griffin_offload.devices.gpu import CudaDevice, XpuDevice
 from griffin_offload.devices.memory import block_buffer, host_bytes
 from griffin_offload.errors import UsageError
 
@@ -49,7 +49,7 @@ class CpuDevice(Device):
 
 
 # Those first that "auto" prefers.
-_kinds: dict[str, type[Device]] = {kind.name: kind for kind in (CudaDevice, MpsDevice, CpuDevice)}
+_kinds: dict[str, type[Device]] = {kind.name: kind for kind in (CudaDevice, XpuDevice, MpsDevice, CpuDevice)}
 
 
 def register_device(kind: type[Device]) -> None:

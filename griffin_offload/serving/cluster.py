@@ -54,7 +54,7 @@ def resources_for(options: Mapping[str, Any], workers: int, machines: Sequence[M
     """What an actor with these options of `LoadConfig` needs where `workers` share the machines."""
     cpus, gpus = (sum(machine.get(name, 0) for machine in machines) for name in ("CPU", "GPU"))
     threads = options["threads"] or min(1.0, cpus / workers)
-    if options["device"] == "cuda" or (options["device"] == "auto" and gpus >= workers):
+    if options["device"] in ("cuda", "xpu") or (options["device"] == "auto" and gpus >= workers):
         return Resources(threads, 1, 0)
     budget = options["max_gpu_mem"]
     if isinstance(budget, str) and (budget == "auto" or budget.endswith("%")):

@@ -9,7 +9,7 @@ from marks import mostly_slow
 from tiny_models import VOCAB
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from griffin_offload.devices.cuda import CudaDevice
+from griffin_offload.devices.gpu import CudaDevice, XpuDevice
 from griffin_offload.devices.registry import MpsDevice
 from griffin_offload.units import format_bytes
 
@@ -99,17 +99,17 @@ def test_table(cli, llama: Path):
     assert cli(*flags, "-q").out == ""
 
 
-@pytest.mark.parametrize("device", ["cuda", "mps"])
+@pytest.mark.parametrize("device", ["cuda", "xpu", "mps"])
 def test_a_device_of_another_machine(cli, llama: Path, monkeypatch: pytest.MonkeyPatch, device: str):
     """Planning is arithmetic: what cannot be asked is assumed and said, or has to be given."""
-    for kind in (CudaDevice, MpsDevice):
+    for kind in (CudaDevice, XpuDevice, MpsDevice):
         monkeypatch.setattr(kind, "available", lambda: False)
     flags = ("plan", "-m", llama, "--device", device)
     here = cli("plan", "-m", llama, "--device", "cpu", "--max-gpu-mem", "2GB", "--json").json
     outcome, plan = cli(*flags, "--max-gpu-mem", "2GB"), cli(*flags, "--max-gpu-mem", "2GB", "--json").json
     assert (outcome.code, outcome.err, plan["device"]) == (0, "", device)
     runtime = plan["parts"]["overhead"]
-    assert runtime == (1_100_000_000 if device == "cuda" else 0)
+    assert runtime == (0 if device == "mps" else 1_100_000_000)
     said = f"no {device} device is here, {format_bytes(runtime)} are assumed for its runtime"
     assert outcome.out.splitlines()[-1] == plan["assumed"] == said
     assert (here["device"], here["assumed"]) == ("cpu", None)
@@ -138,7 +138,7 @@ def test_speed_is_preferred_to_bits_that_fit(cli, llama: Path, tmp_path: Path):
 @pytest.mark.slow
 def test_a_config_for_a_device_of_another_machine(cli, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """13B's, of which nothing else is here: whatever a run there could be asked for is planned or refused alike."""
-    for kind in (CudaDevice, MpsDevice):
+    for kind in (CudaDevice, XpuDevice, MpsDevice):
         monkeypatch.setattr(kind, "available", lambda: False)
     config = json.loads((llama / "config.json").read_text())
     sizes = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "dtype": "bfloat16"}

@@ -2,6 +2,7 @@
 
 import ast
 import gc
+import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ import griffin_offload
 from griffin_offload import GriffinModel, UsageError
 from griffin_offload.config import DEVICE_NAMES, LoadConfig
 from griffin_offload.devices.base import Device
-from griffin_offload.devices.cuda import CudaDevice
+from griffin_offload.devices.gpu import CudaDevice, GpuDevice, XpuDevice
 from griffin_offload.devices.memory import budget_bytes
 from griffin_offload.devices.registry import CpuDevice, MpsDevice, choose_device, device_kind, devices_here
 from griffin_offload.engine.spec import examine
@@ -178,24 +179,73 @@ def test_copies_from_the_host_are_measured_where_they_are_asynchronous(threaded:
     assert host_copy_rate(CpuDevice.current(), pinned=True) is None
 
 
+class _Gpu:
+    """Stands in for torch.cuda or torch.xpu on a machine that has none: 10 GB, of which `held` are another's."""
+
+    def __init__(self, held: int) -> None:
+        self.held, self.shares = held, list[float]()
+
+    def mem_get_info(self, device: torch.device) -> tuple[int, int]:
+        return 10**10 - self.held, 10**10
+
+    def memory_reserved(self, device: torch.device) -> int:
+        return 2**20
+
+    def set_per_process_memory_fraction(self, share: float, device: torch.device) -> None:
+        self.shares.append(share)
+
+
+@pytest.mark.parametrize("kind", [CudaDevice, XpuDevice])
+@pytest.mark.parametrize(("held", "overhead"), [(600_000_000, 998_951_424), (3_000_000_000, 1_100_000_000)])
+def test_a_gpu_s_context_is_measured_where_that_can_be_it(
+    monkeypatch: pytest.MonkeyPatch, kind: type[GpuDevice], held: int, overhead: int
+):
+    gpu, zeros = _Gpu(held), torch.zeros
+    monkeypatch.setattr(kind, "api", gpu)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device, **options: zeros(*size, **options))
+    device = kind(torch.device(kind.name, 0))
+    assert device.memory_bytes() == (10**10 - held, 10**10)
+    assert device.overhead_bytes() == overhead
+    for nbytes in (4 * 10**9, 2 * 10**10, -1):
+        device.cap(nbytes)
+    device.uncap()
+    assert gpu.shares == [0.4, 1.0, 0.0, 1.0]
+
+
+def test_older_torch_cannot_cap_intel_s(monkeypatch: pytest.MonkeyPatch):
+    gpu = _Gpu(0)
+    monkeypatch.setattr(XpuDevice, "api", gpu)
+    monkeypatch.delattr(_Gpu, "set_per_process_memory_fraction")
+    XpuDevice(torch.device("xpu", 0)).cap(10**9)
+    assert gpu.shares == []
+
+
+@pytest.mark.parametrize("name", ["cuda", "xpu"])
+def test_what_torch_is_asked_of_a_gpu_is_there(name: str):
+    """Both makers' modules have every name that the door uses."""
+    names = set(re.findall(r"(?:\bapi|torch\.cuda)\.(\w+)", inspect.getsource(GpuDevice)))
+    assert len(names) > 10
+    assert names - set(dir(getattr(torch, name))) <= {"set_per_process_memory_fraction"}
+
+
 def test_names(register_device: Register):
     """Those that users may write, those of the kinds, and torch's are the same."""
-    for name, kind in {"cuda": CudaDevice, "mps": MpsDevice, "cpu": CpuDevice}.items():
+    for name, kind in {"cuda": CudaDevice, "xpu": XpuDevice, "mps": MpsDevice, "cpu": CpuDevice}.items():
         assert device_kind(name) is kind
         assert kind.absent().torch_device == torch.device(name)
-    assert DEVICE_NAMES == ["auto", "cuda", "mps", "cpu"]
+    assert DEVICE_NAMES == ["auto", "cuda", "xpu", "mps", "cpu"]
     register_device(ThreadedDevice)
-    assert DEVICE_NAMES == ["auto", "cuda", "mps", "cpu", "threaded"]
+    assert DEVICE_NAMES == ["auto", "cuda", "xpu", "mps", "cpu", "threaded"]
     assert devices_here()[-1] == "threaded"
     assert choose_device("auto").name != "threaded"
     with pytest.raises(UsageError, match="a device is named 'threaded' already"):
         register_device(ThreadedDevice)
-    with pytest.raises(UsageError, match="no device is named 'tpu': choose one of cuda, mps, cpu, threaded"):
+    with pytest.raises(UsageError, match="no device is named 'tpu': choose one of cuda, xpu, mps, cpu, threaded"):
         device_kind("tpu")
 
 
 def test_names_end_with_their_registration(register_device: Register):
-    with pytest.raises(UsageError, match="device is 'threaded': choose one of auto, cuda, mps, cpu"):
+    with pytest.raises(UsageError, match="device is 'threaded': choose one of auto, cuda, xpu, mps, cpu"):
         LoadConfig(device="threaded")
     register_device(ThreadedDevice)
     assert LoadConfig(device="threaded").device == "threaded"
@@ -261,7 +311,7 @@ def _tests_of_a_type(text: str) -> list[str]:
         if isinstance(node, ast.Compare):
             parts = [inner for side in (node.left, *node.comparators) for inner in getattr(side, "elts", [side])]
             values = {part.value for part in parts if isinstance(part, ast.Constant)}
-            found += [ast.unparse(node)] * bool(values & {"cpu", "cuda", "mps"})
+            found += [ast.unparse(node)] * bool(values & {"cpu", "cuda", "xpu", "mps"})
     return found
 
 
@@ -272,5 +322,5 @@ def test_torch_is_asked_about_devices_in_one_room():
 def test_the_type_of_a_device_is_hardly_asked_elsewhere():
     found = {path: tests for path, text in _elsewhere().items() if (tests := _tests_of_a_type(text))}
     assert sum(map(len, found.values())) <= _MOST_TESTS_OF_A_TYPE, found
-    rooms = {path.split("/")[0] for path in found if path != "serving/cluster.py"}  # Ray has CUDA's alone
+    rooms = {path.split("/")[0] for path in found if path != "serving/cluster.py"}  # Ray has GPUs alone
     assert rooms <= {"formats", "kernels", "engine"}, found

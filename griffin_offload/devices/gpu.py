@@ -1,6 +1,9 @@
-"""NVIDIA's GPUs: memory apart, copies on a side stream from pinned host memory, captured decode steps."""
+"""GPUs whose memory is their own and whose work torch queues on streams: NVIDIA's and Intel's. Copies run on a side
+stream from pinned host memory; on NVIDIA's, decode steps are captured."""
 
 from collections.abc import Callable
+from types import ModuleType
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -8,88 +11,106 @@ from torch import Tensor
 from griffin_offload.devices.base import CopyStream, Device, Event, Recorder
 from griffin_offload.errors import GriffinError, UsageError
 
-# A CUDA context with its kernels, where it cannot be measured (several processes on one device).
-CUDA_CONTEXT_BYTES = 700_000_000
+# A context with its kernels, where it cannot be measured (several processes on one device).
+CONTEXT_BYTES = 700_000_000
 _LARGEST_PLAUSIBLE_CONTEXT_BYTES = 1_500_000_000
 # Kernels that are loaded after the context was measured, and the caching allocator's rounding of blocks.
 _MARGIN_BYTES = 400_000_000
 
 
-class CudaDevice(Device):
-    """One GPU."""
+class GpuDevice(Device):
+    """One GPU. What torch has for one maker's it has for the other's by the same names, in a module of its own."""
 
-    name = "cuda"
+    api: ClassVar[ModuleType]
+    chosen_by: ClassVar[str]
+    """The environment's variable that says which of several a process sees."""
     asynchronous_copies = True
-    captures = True
-    assumed_overhead_bytes = CUDA_CONTEXT_BYTES + _MARGIN_BYTES
+    assumed_overhead_bytes = CONTEXT_BYTES + _MARGIN_BYTES
 
     @classmethod
     def available(cls) -> bool:
-        return torch.cuda.is_available()
+        found: bool = cls.api.is_available()
+        return found
 
     @classmethod
-    def current(cls) -> "CudaDevice":
+    def current(cls) -> "GpuDevice":
         # With its index: torch's memory settings and the reader thread ask for one.
-        return cls(torch.device("cuda", torch.cuda.current_device()))
+        return cls(torch.device(cls.name, cls.api.current_device()))
 
     @classmethod
     def check_index(cls, device: torch.device) -> None:
-        current = torch.cuda.current_device() if torch.cuda.is_available() else 0
+        current = cls.api.current_device() if cls.available() else 0
         if device.index not in (None, current):
             raise UsageError(
-                f"device is {device}, and the current one is {device.type}:{current}: call torch.cuda.set_device("
-                f"{device.index}) first, or set CUDA_VISIBLE_DEVICES"
+                f"device is {device}, and the current one is {device.type}:{current}: call torch.{cls.name}.set_device("
+                f"{device.index}) first, or set {cls.chosen_by}"
             )
 
     def memory_bytes(self) -> tuple[int, int]:
-        free, total = torch.cuda.mem_get_info(self.torch_device)
+        free, total = self.api.mem_get_info(self.torch_device)
         return int(free), int(total)
 
     def overhead_bytes(self) -> int:
-        """The CUDA context, with a margin."""
+        """The context, with a margin."""
         torch.zeros(1, dtype=torch.uint8, device=self.torch_device)  # makes the context
         free, total = self.memory_bytes()
-        measured = total - free - torch.cuda.memory_reserved(self.torch_device)
+        measured = total - free - int(self.api.memory_reserved(self.torch_device))
         plausible = 0 < measured <= _LARGEST_PLAUSIBLE_CONTEXT_BYTES
         return measured + _MARGIN_BYTES if plausible else self.assumed_overhead_bytes
 
     def cap(self, nbytes: int) -> None:
         # It covers the caching allocator alone: the context is no part of it.
         _, total = self.memory_bytes()
-        torch.cuda.set_per_process_memory_fraction(min(max(nbytes / total, 0.0), 1.0), self.torch_device)
+        self._let_take(min(max(nbytes / total, 0.0), 1.0))
 
     def uncap(self) -> None:
-        torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device)
+        self._let_take(1.0)
+
+    def _let_take(self, share: float) -> None:
+        self.api.set_per_process_memory_fraction(share, self.torch_device)
 
     def empty_cache(self) -> None:
-        torch.cuda.empty_cache()
+        self.api.empty_cache()
 
     def reset_peak(self) -> None:
-        torch.cuda.reset_peak_memory_stats(self.torch_device)
+        self.api.reset_peak_memory_stats(self.torch_device)
 
     def peak_bytes(self) -> int:
-        return torch.cuda.max_memory_reserved(self.torch_device)
+        return int(self.api.max_memory_reserved(self.torch_device))
 
     def make_current(self) -> None:
-        torch.cuda.set_device(self.torch_device)
+        self.api.set_device(self.torch_device)
 
     def synchronize(self) -> None:
-        torch.cuda.synchronize(self.torch_device)
+        self.api.synchronize(self.torch_device)
 
     def record(self) -> Event:
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.torch_device))
-        return event
+        return _recorded(self.api, self.api.current_stream(self.torch_device))
 
     def wait(self, event: Event) -> None:
-        assert isinstance(event, torch.cuda.Event), "of this device"
-        torch.cuda.current_stream(self.torch_device).wait_event(event)
+        self.api.current_stream(self.torch_device).wait_event(event)
 
     def copy_stream(self) -> CopyStream:
-        return _SideStream(self.torch_device)
+        return _SideStream(self.api, self.torch_device)
 
     def pinned(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+    def give_processes_their_own(self, processes: int, rank: int) -> bool:
+        found = self.api.device_count()
+        if processes > found:
+            raise UsageError(f"{processes} processes and {found} GPUs: start as many processes, or --device cpu")
+        self.api.set_device(rank)
+        return True
+
+
+class CudaDevice(GpuDevice):
+    """NVIDIA's."""
+
+    name = "cuda"
+    api: ClassVar[ModuleType] = torch.cuda
+    chosen_by = "CUDA_VISIBLE_DEVICES"
+    captures = True
 
     def register(self, buffer: Tensor) -> None:
         # Registered, not allocated pinned: torch's pinned allocator rounds up to powers of two.
@@ -103,31 +124,41 @@ class CudaDevice(Device):
     def recorder(self) -> Recorder:
         return CudaRecorder(self.torch_device)
 
-    def give_processes_their_own(self, processes: int, rank: int) -> bool:
-        found = torch.cuda.device_count()
-        if processes > found:
-            raise UsageError(f"{processes} processes and {found} GPUs: start as many processes, or --device cpu")
-        torch.cuda.set_device(rank)
-        return True
+
+class XpuDevice(GpuDevice):
+    """Intel's. Host memory that exists already is not pinned, so weights in RAM are copied by way of the driver's own
+    buffers; nothing is captured."""
+
+    name = "xpu"
+    api: ClassVar[ModuleType] = torch.xpu
+    chosen_by = "ZE_AFFINITY_MASK"
+
+    def _let_take(self, share: float) -> None:
+        if hasattr(self.api, "set_per_process_memory_fraction"):  # torch 2.10
+            super()._let_take(share)
+
+
+def _recorded(api: ModuleType, stream: torch.Stream) -> Event:
+    event = api.Event()
+    event.record(stream)
+    found: Event = event
+    return found
 
 
 class _SideStream:
     """Copies beside the computation."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+    def __init__(self, api: ModuleType, device: torch.device) -> None:
+        self._api, self._stream = api, api.Stream(device)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        with torch.cuda.stream(self._stream):
+        with self._api.stream(self._stream):
             target.copy_(source, non_blocking=True)
 
     def record(self) -> Event:
-        event = torch.cuda.Event()
-        event.record(self._stream)
-        return event
+        return _recorded(self._api, self._stream)
 
     def wait(self, event: Event) -> None:
-        assert isinstance(event, torch.cuda.Event), "of this device"
         self._stream.wait_event(event)
 
 
