@@ -44,6 +44,7 @@ def test_what_an_actor_needs():
     assert resources_for(OPTIONS, 16, [MACHINE]) == Resources(0.5, 0, 10**9)
     assert resources_for(OPTIONS | {"threads": 3}, 4, [MACHINE]).cpus == 3
     assert resources_for(OPTIONS | {"device": "auto"}, 4, [MACHINE, MACHINE]) == Resources(1, 1, 0)
+    assert resources_for(OPTIONS | {"device": "xpu"}, 9, [MACHINE]) == Resources(8 / 9, 1, 0)
     assert resources_for(OPTIONS | {"device": "auto"}, 5, [MACHINE, MACHINE]) == Resources(1, 0, 10**9)
     for share in ("auto", "80%"):
         with pytest.raises(UsageError, match=f"{share} is a share.*give each worker's budget"):
