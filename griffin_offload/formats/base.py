@@ -245,7 +245,7 @@ class Format:
 
     def column_norms(self, full: Tensors) -> Tensor:
         """Norms float32 [I] of the columns of a stored down projection, up to a factor common to all."""
-        return full["input_scale"].float()  # that is how neuron_scale defines it
+        return full["input_scale"].float()  # where that is `neuron_scale`
 
     # What it takes ---------------------------------------------------------------------------------------------
 
@@ -335,7 +335,7 @@ def every() -> tuple[Format, ...]:
 
 def neuron_scale(down: Tensor, dtype: torch.dtype) -> Tensor:
     """input_scale [I] of a down projection [O, I]: the norm of each neuron's column, over the root of O."""
-    return finite(table.call("quantize", "column_norms", down), dtype)
+    return finite(table.call("quantize", "column_norms", down, None), dtype)
 
 
 def row_scale(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -359,11 +359,12 @@ def finite(scale: Tensor, dtype: torch.dtype) -> Tensor:
 # torch's ways.
 
 
-def _column_norms(down: Tensor) -> Tensor:
-    wide, factor = _wide(down), _factor(down)
+def _column_norms(down: Tensor, scale: Tensor | None) -> Tensor:
+    wide, factor = _wide(down), 1.0 if scale is not None else _factor(down)
     squares = torch.zeros(down.shape[1], dtype=wide, device=down.device)
-    for _, block in row_blocks(down):
-        squares += block.mul_(factor).to(wide).square_().sum(0)
+    for start, block in row_blocks(down):
+        block = block.mul_(factor) if scale is None else block.div_(scale[start : start + len(block), None])
+        squares += block.to(wide).square_().sum(0)
     return ((squares / down.shape[0]).sqrt() / factor).float()
 
 

@@ -2,8 +2,9 @@
 one per neuron, too.
 
 A gathered neuron takes its numbers and scales along and changes nothing else, so weights are quantised once. Norms of
-neurons differ, and a scale of theirs costs one multiplication per activation. Scales are kept in the precision of the
-computation; numbers are rounded against the rounded scale.
+neurons differ, and a scale of theirs costs one multiplication per activation. Norms of outputs differ, too: weights are
+taken over their row's norm, so that a neuron's scale is not that of its largest output alone (benchmarks/NOTES.md).
+Scales are kept in the precision of the computation; numbers are rounded against the rounded scale.
 """
 
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from griffin_offload.formats.base import Format, Layout, Spec, Tensors, divisor, finite, neuron_scale, row_blocks, take
+from griffin_offload.formats.base import Format, Layout, Spec, Tensors, divisor, finite, row_blocks, row_scale, take
 from griffin_offload.formats.compensation import Compensation
 from griffin_offload.kernels import by_blocks, table
 from griffin_offload.kernels.by_blocks import scaled
@@ -41,6 +42,11 @@ class RowScaled(Format):
         columns = None if input_scale is None else divisor(input_scale)
         return finite(table.call("quantize", "largest_of_rows", weight, columns) / self.largest, dtype)
 
+    def input_scale_of(self, down: Tensor, dtype: torch.dtype) -> Tensor:
+        """input_scale [I] of a down projection [O, I]: the root mean square of each neuron's column, over its rows'."""
+        rows = divisor(row_scale(down, torch.float32))
+        return finite(table.call("quantize", "column_norms", down, rows), dtype)
+
     def write(self, weight: Tensor, scale: Tensor, out: Tensor, input_scale: Tensor | None = None) -> None:
         """Write `weight` [O, I] over its rows' `scale` [O], and its columns' `input_scale` [I], into `out` [O, I]."""
         columns, rows = None if input_scale is None else divisor(input_scale), divisor(scale)
@@ -57,7 +63,7 @@ class RowScaled(Format):
     def quantize(
         self, weight: Tensor, dtype: torch.dtype, *, is_down: bool, compensation: Compensation | None = None
     ) -> Tensors:
-        beside = {"input_scale": neuron_scale(weight, dtype)} if is_down else {}
+        beside = {"input_scale": self.input_scale_of(weight, dtype)} if is_down else {}
         scale = self.scale_of(weight, dtype, beside.get("input_scale"))
         numbers = torch.empty(weight.shape, dtype=self.number_type, device=weight.device)
         self.write(weight, scale, numbers, beside.get("input_scale"))
@@ -78,7 +84,7 @@ class RowScaled(Format):
     def gather_columns(self, full: Tensors, chosen: Tensor, out: Tensors, known: Tensor | None, *, plain: bool) -> None:
         weight, dtype = full["weight"], out["scale"].dtype
         if plain:
-            input_scale = neuron_scale(weight, dtype)
+            input_scale = self.input_scale_of(weight, dtype)
             scale = self.scale_of(weight, dtype, input_scale)
         else:
             input_scale, scale = full["input_scale"].to(dtype), full["scale"].to(dtype)
@@ -109,6 +115,12 @@ class RowScaled(Format):
 
     def row_norms(self, full: Tensors) -> Tensor:
         return torch.cat([part.float().norm(dim=1) for part in full["weight"].split(256)]) * full["scale"].float()
+
+    def column_norms(self, full: Tensors) -> Tensor:
+        squares = torch.zeros_like(full["input_scale"], dtype=torch.float32)
+        for numbers, scale in zip(full["weight"].split(256), full["scale"].float().split(256), strict=True):
+            squares += numbers.float().mul_(scale[:, None]).square_().sum(0)
+        return squares.sqrt_() * full["input_scale"].float()
 
     def _specs(self, outputs: int, inputs: int, is_down: bool) -> dict[str, Spec]:
         beside: dict[str, Spec] = {"input_scale": ((inputs,), None)} if is_down else {}

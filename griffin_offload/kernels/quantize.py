@@ -133,10 +133,10 @@ def row_norms(weight: Tensor) -> Tensor:
     return norms
 
 
-def column_norms(weight: Tensor) -> Tensor:
-    """Root mean squares of the columns of `weight` [O, I], float32 [I]."""
+def column_norms(weight: Tensor, scale: Tensor | None) -> Tensor:
+    """Root mean squares of the columns of `weight` [O, I], over `scale` [O] if there is one, float32 [I]."""
     norms = torch.empty(weight.shape[1], dtype=torch.float32, device="cpu")
-    run("quantize_column_norms", weight, norms)
+    run("quantize_column_norms", weight, norms, scale=scale)
     return norms
 
 

@@ -41,7 +41,7 @@ VALUES = VALUES[VALUES.isfinite()]
 
 def _fp8_values(weight: Tensor, dtype: torch.dtype, *, is_down: bool) -> Tensor:
     """What `weight` becomes: the nearest of all 254 numbers, tried one by one."""
-    columns = ref.neuron_scale(weight).to(dtype) if is_down else torch.ones(weight.shape[1], dtype=dtype)
+    columns = ref.int8_input_scale(weight).to(dtype) if is_down else torch.ones(weight.shape[1], dtype=dtype)
     largest = (weight.float() / ref.divisor(columns).float()).abs().amax(1)
     rows = (largest / 448).to(dtype)
     quotient = weight.float() / ref.divisor(columns).float() / ref.divisor(rows).float()[:, None]

@@ -99,14 +99,29 @@ def test_int8_of_a_down_projection_is_within_half_a_step(weight: Tensor, dtype: 
         return
     levels = torch.empty(weight.shape, dtype=torch.int8)
     with mock.patch.object(base, "BLOCK_NUMBERS", block):
-        columns = neuron_scale(weight, dtype)
+        columns = INT8.input_scale_of(weight, dtype)
         scale = INT8.scale_of(weight, dtype, columns)
         INT8.write(weight, scale, levels, columns)
-    _close_to_exact(columns, ref.neuron_scale(weight))
+    _close_to_exact(columns, ref.int8_input_scale(weight))
     _close_to_exact(scale, ref.int8_scale(weight, columns))
     error = _on_the_nearest_level(weight, levels, ref.int8(weight, scale, columns))
     normal = _normal(scale)[:, None] & _normal(columns)
     assert error[normal].numel() == 0 or error[normal].max() <= 0.5 + SLACK
+
+
+@settings(max_examples=30)
+@given(matrices(st.integers(1, 40), st.integers(1, 40)), st.data())
+def test_an_output_is_rounded_as_finely_however_large_the_others_are(weight: Tensor, data: st.DataObject):
+    """Rows times powers of two have the same numbers in int8, and norms of neurons are those of what it holds."""
+    gains = data.draw(st.lists(st.integers(-9, 9), min_size=weight.shape[0], max_size=weight.shape[0]))
+    larger = weight * torch.tensor(gains).exp2()[:, None]
+    one, other = (INT8.quantize(own, torch.float32, is_down=True) for own in (weight, larger))
+    if _normal(one["scale"]).all() and _normal(other["scale"]).all():
+        assert torch.equal(one["weight"], other["weight"])
+        assert torch.equal(one["input_scale"], other["input_scale"])
+    values = other["weight"].double() * other["scale"].double()[:, None] * other["input_scale"].double()
+    if 1e-10 < larger.abs().max() < 1e10:
+        torch.testing.assert_close(INT8.column_norms(other).double(), values.norm(dim=0), rtol=1e-5, atol=1e-12)
 
 
 @pytest.mark.parametrize("gain", [1e-30, 1e-17, 1.0, 1e17])
@@ -127,6 +142,7 @@ def test_infinities_are_refused(value: float, dtype: torch.dtype):
         lambda: INT8.scale_of(weight, dtype),
         lambda: INT8.scale_of(weight, dtype, columns),
         lambda: neuron_scale(weight, dtype),
+        lambda: INT8.input_scale_of(weight, dtype),
         lambda: row_scale(weight, dtype),
     ):
         with pytest.raises(CheckpointError, match=r"infinities or NaN.*--quantize none"):
@@ -147,7 +163,7 @@ def test_int8_loses_less_than_a_percent_of_every_matrix_of_the_demo():
     assert len(matrices) == 6 * 7
     for name, weight in matrices.items():
         weight = weight.detach()
-        columns = neuron_scale(weight, torch.bfloat16) if name.endswith("down_proj") else None
+        columns = INT8.input_scale_of(weight, torch.bfloat16) if name.endswith("down_proj") else None
         scale = INT8.scale_of(weight, torch.bfloat16, columns)
         levels = torch.empty(weight.shape, dtype=torch.int8)
         INT8.write(weight, scale, levels, columns)

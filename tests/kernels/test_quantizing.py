@@ -5,6 +5,7 @@ import itertools
 from contextlib import AbstractContextManager, nullcontext
 
 import pytest
+import quantised_reference as ref
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -253,6 +254,16 @@ def test_norms_of_columns(weight: Tensor):
     torch.testing.assert_close(found.double(), exact, rtol=1e-7, atol=0)
     with _by_torch():
         assert torch.equal(base.neuron_scale(weight, torch.float32), found)
+
+
+@needs_kernels
+@settings(max_examples=60)
+@given(matrices(st.integers(1, 20), WIDTHS))
+def test_norms_of_columns_over_rows(weight: Tensor):
+    found = INT8.input_scale_of(weight, torch.float32)
+    torch.testing.assert_close(found.double(), ref.int8_input_scale(weight), rtol=3e-7, atol=0)
+    with _by_torch():
+        torch.testing.assert_close(INT8.input_scale_of(weight, torch.float32), found, rtol=3e-7, atol=0)
 
 
 @needs_kernels

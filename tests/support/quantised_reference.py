@@ -76,6 +76,12 @@ def neuron_scale(down: Tensor) -> Tensor:
     return torch.stack([column.square().mean().sqrt() for column in down.double().unbind(1)])
 
 
+def int8_input_scale(down: Tensor) -> Tensor:
+    """[I]: the same of a matrix whose rows, but for those of zeros, have all a root mean square of one."""
+    rows = [row / (row.square().mean().sqrt() if row.any() else 1) for row in down.double().unbind(0)]
+    return neuron_scale(torch.stack(rows))
+
+
 def step_of(code: Tensor) -> Tensor:
     """float64 of step bytes: four bits of exponent, four behind the binary point, no sign, and no zero."""
     return torch.pow(2.0, (code.long() // 16 - 11).double()) * (1 + (code.long() % 16).double() / 16)
@@ -205,7 +211,7 @@ def head_values(weight: Tensor) -> Tensor:
 
 def quantised(weight: Tensor, dtype: torch.dtype, *, is_down: bool) -> Quantised:
     """`weight` in int8 with scales in `dtype`, by the formulas above."""
-    columns = neuron_scale(weight).to(dtype) if is_down else None
+    columns = int8_input_scale(weight).to(dtype) if is_down else None
     return int8(weight, int8_scale(weight, columns).to(dtype), columns)
 
 

@@ -200,15 +200,20 @@ AVX2 static void row_norms(const void *quantizing, int64_t first, int64_t end) {
     }
 }
 
-/* Add the squares of `rows` rows from `row` on, in float64, which no square of a float32 number is too large for. */
+/* Add the squares of `rows` rows from `row` on, over their scales if they have some, in float64, which no square of a
+ * float32 number is too large for. */
 AVX2 INLINED void add_squares(const Quantizing *q, int64_t row, const int rows, int64_t start, int64_t count,
                               double *sums) {
     float run[TOGETHER][RUN];
-    for (int i = 0; i < rows; i++) run_of(q, row + i, start, count, run[i]);
+    __m128 scale[TOGETHER];
+    for (int i = 0; i < rows; i++) {
+        run_of(q, row + i, start, count, run[i]);
+        scale[i] = _mm_set1_ps(q->scale ? q->scale[row + i] : 1);
+    }
     for (int64_t k = 0; k < count; k += 4) {
         __m256d sum = _mm256_loadu_pd(sums + k);
         for (int i = 0; i < rows; i++) {
-            __m256d wide = _mm256_cvtps_pd(_mm_loadu_ps(run[i] + k));
+            __m256d wide = _mm256_cvtps_pd(_mm_div_ps(_mm_loadu_ps(run[i] + k), scale[i]));
             sum = _mm256_fmadd_pd(wide, wide, sum);
         }
         _mm256_storeu_pd(sums + k, sum);
