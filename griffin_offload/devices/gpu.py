@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from griffin_offload.devices.base import CopyStream, Device, Event, Recorder
-from griffin_offload.errors import GriffinError, UsageError
+from griffin_offload.errors import GriffinError, UsageError, one_line
 
 # A context with its kernels, where it cannot be measured (several processes on one device).
 CONTEXT_BYTES = 700_000_000
@@ -132,6 +132,12 @@ class XpuDevice(GpuDevice):
     name = "xpu"
     api: ClassVar[ModuleType] = torch.xpu
     chosen_by = "ZE_AFFINITY_MASK"
+
+    def memory_bytes(self) -> tuple[int, int]:
+        try:
+            return super().memory_bytes()
+        except RuntimeError as error:  # integrated ones do not know what is free of the host's memory
+            raise UsageError(f"device xpu cannot be used here: {one_line(error)}; choose --device cpu") from error
 
     def _let_take(self, share: float) -> None:
         if hasattr(self.api, "set_per_process_memory_fraction"):  # torch 2.10

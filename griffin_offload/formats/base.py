@@ -361,9 +361,9 @@ def finite(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _column_norms(down: Tensor, scale: Tensor | None) -> Tensor:
     wide, factor = _wide(down), 1.0 if scale is not None else _factor(down)
-    none = torch.zeros(down.shape[1], dtype=wide, device=down.device)
+    zeros = torch.zeros(down.shape[1], dtype=wide, device=down.device)
     over = (b.mul_(factor) if scale is None else b.div_(scale[i : i + len(b), None]) for i, b in row_blocks(down))
-    squares = sum((block.to(wide).square_().sum(0) for block in over), none)
+    squares = sum((block.to(wide).square_().sum(0) for block in over), zeros)
     return ((squares / down.shape[0]).sqrt() / factor).float()
 
 

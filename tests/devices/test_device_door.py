@@ -16,6 +16,7 @@ from tiny_models import VOCAB
 import griffin_offload
 from griffin_offload import GriffinModel, UsageError
 from griffin_offload.config import DEVICE_NAMES, LoadConfig
+from griffin_offload.devices import gpu
 from griffin_offload.devices.base import Device
 from griffin_offload.devices.gpu import CudaDevice, GpuDevice, XpuDevice
 from griffin_offload.devices.memory import budget_bytes
@@ -200,8 +201,8 @@ class _Gpu:
 def test_a_gpu_s_context_is_measured_where_that_can_be_it(
     monkeypatch: pytest.MonkeyPatch, kind: type[GpuDevice], held: int, overhead: int
 ):
-    gpu, zeros = _Gpu(held), torch.zeros
-    monkeypatch.setattr(kind, "api", gpu)
+    stand_in, zeros = _Gpu(held), torch.zeros
+    monkeypatch.setattr(kind, "api", stand_in)
     monkeypatch.setattr(torch, "zeros", lambda *size, device, **options: zeros(*size, **options))
     device = kind(torch.device(kind.name, 0))
     assert device.memory_bytes() == (10**10 - held, 10**10)
@@ -209,23 +210,37 @@ def test_a_gpu_s_context_is_measured_where_that_can_be_it(
     for nbytes in (4 * 10**9, 2 * 10**10, -1):
         device.cap(nbytes)
     device.uncap()
-    assert gpu.shares == [0.4, 1.0, 0.0, 1.0]
+    assert stand_in.shares == [0.4, 1.0, 0.0, 1.0]
 
 
 def test_older_torch_cannot_cap_intel_s(monkeypatch: pytest.MonkeyPatch):
-    gpu = _Gpu(0)
-    monkeypatch.setattr(XpuDevice, "api", gpu)
+    stand_in = _Gpu(0)
+    monkeypatch.setattr(XpuDevice, "api", stand_in)
     monkeypatch.delattr(_Gpu, "set_per_process_memory_fraction")
     XpuDevice(torch.device("xpu", 0)).cap(10**9)
-    assert gpu.shares == []
+    assert stand_in.shares == []
 
 
 @pytest.mark.parametrize("name", ["cuda", "xpu"])
 def test_what_torch_is_asked_of_a_gpu_is_there(name: str):
     """Both makers' modules have every name that the door uses."""
-    names = set(re.findall(r"(?:\bapi|torch\.cuda)\.(\w+)", inspect.getsource(GpuDevice)))
-    assert len(names) > 10
-    assert names - set(dir(getattr(torch, name))) <= {"set_per_process_memory_fraction"}
+    names = set(re.findall(r"\b_?api\.(\w+)", inspect.getsource(gpu)))
+    assert {"Event", "Stream", "stream", "current_stream", "mem_get_info"} < names
+    names -= {"set_per_process_memory_fraction"} if name == "xpu" else set()  # which is asked for first
+    assert names <= set(dir(getattr(torch, name)))
+
+
+def test_an_integrated_gpu_that_cannot_say_what_is_free_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """As torch has them: the question itself raises."""
+
+    def ask(*_: object) -> tuple[int, int]:
+        raise RuntimeError("The device (Some Graphics) doesn't support\nquerying the available free memory.")
+
+    monkeypatch.setattr(_Gpu, "mem_get_info", ask)
+    monkeypatch.setattr(XpuDevice, "api", _Gpu(0))
+    said = "xpu cannot be used here: .*Some Graphics.* support querying .*; choose --device cpu"
+    with pytest.raises(UsageError, match=said):
+        XpuDevice(torch.device("xpu", 0)).memory_bytes()
 
 
 def test_names(register_device: Register):
