@@ -305,7 +305,7 @@ def test_13b_in_tiers(cli, config):
 
 
 def test_the_kl_that_is_expected_is_of_the_whole_model(cli, config):
-    """As measured on two trained models whole in int8 (.0032 to .0047) and in int4 (.037 to .095): attention and head
+    """As measured on two trained models whole in int8 (.0030 to .0043) and in int4 (.043 to .076): attention and head
     err, too. Where they rest in 16 bit, neurons that are left out alone count."""
     flags = ("plan", "--config", config("13b"), "--device", "cpu", "--max-gpu-mem", "40GB", "--json", "-v")
 
@@ -314,7 +314,7 @@ def test_the_kl_that_is_expected_is_of_the_whole_model(cli, config):
         return row["expected_error"], row["expected_kl"]
 
     assert expected("--quantize", "none") == (0, 0)
-    assert expected("--quantize", "int8") == (pytest.approx(0.0002), 0.004)
+    assert expected("--quantize", "int8") == (pytest.approx(0.0002), 0.003)
     assert expected("--quantize", "int4") == (pytest.approx(0.013), 0.1)
     error, kl = expected("--quantize", "none", "--density", "0.9")
     assert kl == float(f"{8 * error:.1g}") > 0
