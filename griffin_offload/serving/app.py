@@ -70,14 +70,14 @@ class HttpExchange:
         return self._loop.time() - self._began
 
     async def within_time(self, awaitable: Any) -> Any:
-        """Its result; Failure 408 at the deadline."""
+        """Its result; ApiError 408 at the deadline."""
         try:
             return await asyncio.wait_for(awaitable, self._deadline - self._loop.time())
         except (TimeoutError, asyncio.TimeoutError):
             raise out_of_time(self._timeout_s) from None
 
     async def body(self, most_bytes: int) -> bytes:
-        """The body; Failure 413 if it is larger, whatever its headers say, 408 if it takes too long."""
+        """The body; ApiError 413 if it is larger, whatever its headers say, 408 if it takes too long."""
         patience_s = min(BODY_S, self._timeout_s)
         try:
             return await asyncio.wait_for(self._whole_body(most_bytes), patience_s)
@@ -107,7 +107,7 @@ class HttpExchange:
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     async def next(self) -> Event:
-        """The next event; Disconnected if the client leaves before, Failure 408 at the deadline."""
+        """The next event; Disconnected if the client leaves before, ApiError 408 at the deadline."""
         if self._watcher is None:
             self._watcher = asyncio.create_task(self._watch())
         event = await self.within_time(self._events.get())
@@ -372,7 +372,7 @@ async def _stream(exchange: HttpExchange, request: Request, response: Response) 
 
 
 def _check_content(headers: Headers) -> None:
-    """Failure 415 unless the body is said to be plain JSON: what else a page can send, no browser asks us about."""
+    """ApiError 415 unless the body is said to be plain JSON: what else a page can send, no browser asks us about."""
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, "the body has to be sent as Content-Type: application/json", code="content_type")

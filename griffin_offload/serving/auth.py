@@ -69,7 +69,7 @@ class AccessGuard:
         self._any_address = bound is not None and not bound.is_loopback
 
     def check(self, method: str, path: str, headers: Headers) -> None:
-        """Failure 403 or 401 for a request that is not answered."""
+        """ApiError 403 or 401 for a request that is not answered."""
         self._check_host(headers)
         origin = headers.get("origin")
         if origin is not None and not (self._allowed_origin(origin) or self._is_our_page(origin, headers)):

@@ -27,7 +27,7 @@ _OWN = {"assistant": ("tool_calls", "reasoning_content"), "tool": ("tool_call_id
 
 
 def parse_messages(fields: FieldReader) -> tuple[Message, ...]:
-    """Role and text of each message; Failure names the one that cannot be used."""
+    """Role and text of each message; ApiError names the one that cannot be used."""
     found = fields.raw("messages")
     if not isinstance(found, list) or not 0 < len(found) <= _MAX_MESSAGES:
         raise fields.wrong("messages", f"a list of 1 to {_MAX_MESSAGES} messages")

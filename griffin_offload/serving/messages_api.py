@@ -26,7 +26,7 @@ _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
 def chat_of_messages(values: Values) -> Values:
-    """The chat's body that a body of Anthropic's means; Failure names what cannot be had."""
+    """The chat's body that a body of Anthropic's means; ApiError names what cannot be had."""
     fields = FieldReader(values, known=_MESSAGES_KNOWN, neutral=_MESSAGES_NEUTRAL, ignored=_MESSAGES_IGNORED)
     chat = {name: values[name] for name in _MESSAGES_SAME if values.get(name) is not None}
     if fields.raw("max_tokens") is None:

@@ -218,7 +218,7 @@ class ModelManager:
         return held
 
     def get(self, density: float | None) -> LoadedModel:
-        """The model, at `density` or the one that it was first loaded with. Failure 400 with the numbers, and nothing
+        """The model, at `density` or the one that it was first loaded with. ApiError 400 with the numbers, and nothing
         is changed, if that density does not fit; 503 if loading fails."""
         options, wanted = dict(self._options), self._kept_first
         if density is not None and self._kept(density) != wanted:

@@ -138,7 +138,7 @@ class Request:
 
 
 def parse_request(endpoint: Endpoint, values: dict[str, object], served: str, config: ServeConfig) -> Request:
-    """The request that `values` make; Failure names the first field that cannot be used."""
+    """The request that `values` make; ApiError names the first field that cannot be used."""
     fields = FieldReader(values, known=_KNOWN[endpoint], neutral=_NEUTRAL[endpoint], ignored=_IGNORED)
     _check_model(fields, served)
     n = fields.integer("n", 1, config.max_choices) or 1
@@ -210,7 +210,7 @@ def _check_model(fields: FieldReader, served: str) -> None:
 
 
 def check_served(model: str, served: str) -> None:
-    """Failure 404 unless `model` is the one that is served."""
+    """ApiError 404 unless `model` is the one that is served."""
     if model != served:
         raise ApiError(
             404, f"no model {model[:100]!r}: {served!r} is served here", param="model", code="model_not_found"
@@ -221,7 +221,7 @@ _JSON_OBJECT = Structure(json_schema={"type": "object"})
 
 
 def _structure(fields: FieldReader) -> Structure | None:
-    """By one of three fields; Failure for several of them."""
+    """By one of three fields; ApiError for several of them."""
     found = {name: fields.text(name) for name in ("regex", "grammar")}
     given = {name: text for name, text in found.items() if text is not None}
     form = _response_format(fields)
@@ -352,7 +352,7 @@ def caps_of(config: ServeConfig, context_tokens: int, planned_prompt_tokens: int
 
 
 def output_tokens(request: Request, prompt: list[int], caps: Caps) -> int:
-    """Tokens the answer to `prompt` may have; Failure 400 with the numbers if they do not fit."""
+    """Tokens the answer to `prompt` may have; ApiError 400 with the numbers if they do not fit."""
     param = "messages" if request.endpoint == "chat" else "prompt"
     if len(prompt) > caps.prompt:
         raise invalid(f"the prompt has {len(prompt)} tokens, {caps.prompt} are allowed: shorten it", param, _CODE)

@@ -35,7 +35,7 @@ _RESPONSES_NEUTRAL: Mapping[str, Any] = {
 
 
 def chat_of_responses(values: Values) -> Values:
-    """The chat's body that a response's body means; Failure names what cannot be had."""
+    """The chat's body that a response's body means; ApiError names what cannot be had."""
     fields = FieldReader(values, known=_RESPONSES_KNOWN, neutral=_RESPONSES_NEUTRAL, ignored=_RESPONSES_IGNORED)
     chat = {name: values[name] for name in _RESPONSES_SAME if values.get(name) is not None}
     instructions, given = fields.text("instructions"), fields.raw("input")

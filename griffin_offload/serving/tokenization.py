@@ -27,7 +27,7 @@ def format_for_tools(tokenizer: Tokenizer) -> AnswerFormat | None:
 
 
 def structure_of(request: Request, tokenizer: Tokenizer) -> Structure | None:
-    """What the answer has to be: what was asked for, or a call that is forced. Failure where the model's form of calls
+    """What the answer has to be: what was asked for, or a call that is forced. ApiError where the model's form of calls
     cannot be forced."""
     if not request.tools.forced:
         return request.structure
@@ -58,7 +58,7 @@ class Encoder:
         self._thread = ThreadPoolExecutor(1, "griffin-offload-encoder")
 
     async def encode(self, request: Request) -> list[list[int]]:
-        """Token ids of every prompt of `request`; Failure 400 for one that has none."""
+        """Token ids of every prompt of `request`; ApiError 400 for one that has none."""
         call: Callable[[], list[list[int]]] = functools.partial(self.prompts_of, request)
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
@@ -89,7 +89,7 @@ class Encoder:
         return _checked(ids, "messages")
 
     def _variables(self, request: Request) -> dict[str, Any]:
-        """Of the template: the client's, how much to think, and tools; Failure for what it has no words for."""
+        """Of the template: the client's, how much to think, and tools; ApiError for what it has no words for."""
         found = dict(request.variables)
         for name in found:
             if not template_has(self._tokenizer, name):

@@ -57,7 +57,7 @@ NO_TOOLS = Tools()
 
 
 def parse_tools(fields: FieldReader) -> Tools:
-    """The tools, none where they are not to be called; Failure names what cannot be used."""
+    """The tools, none where they are not to be called; ApiError names what cannot be used."""
     found, choice = fields.raw("tools") or [], fields.raw("tool_choice")
     fields.flag("parallel_tool_calls")
     if not isinstance(found, list) or len(found) > _MOST_TOOLS:

@@ -12,7 +12,7 @@ Values = dict[str, Any]
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object that a body is; Failure 400 for anything else, numbers that are none and names twice included."""
+    """The JSON object that a body is; ApiError 400 for anything else, numbers that are none and names twice, too."""
     try:
         found = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique)
     except RecursionError:

@@ -82,7 +82,7 @@ class Worker:
         return self._closing
 
     def check_room(self) -> None:
-        """Failure 429 or 503 if a job would not be taken."""
+        """ApiError 429 or 503 if a job would not be taken."""
         if self._closing:
             raise shutting_down()
         if len(self._waiting) >= self._config.queue_size:
@@ -91,7 +91,7 @@ class Worker:
             raise ApiError(429, message, code="queue_full", headers={"retry-after": str(seconds)})
 
     def submit(self, job: Job) -> None:
-        """Put `job` in the queue; Failure 429 or 503 if it is not taken."""
+        """Put `job` in the queue; ApiError 429 or 503 if it is not taken."""
         with self._changed:
             self.check_room()
             self._waiting.append(job)
