@@ -15,25 +15,46 @@
 #define BY_LANES 3
 #define UNIT 64       /* outputs that stay together: whole strips, whole cache lines of results */
 
-/* `count` values become numbers of up to `largest`; what rounding leaves over stays in `values`. */
+/* Eight values become numbers; what rounding leaves over stays in their place. */
+AVX2 INLINED __m256i quantize_eight(float *values, __m256 kept, __m256 inverse, __m256 step) {
+    const __m256 own = _mm256_and_ps(_mm256_loadu_ps(values), kept);
+    const __m256i numbers = _mm256_cvtps_epi32(_mm256_mul_ps(own, inverse));
+    _mm256_storeu_ps(values, _mm256_fnmadd_ps(_mm256_cvtepi32_ps(numbers), step, own));
+    return numbers;
+}
+
+AVX2 INLINED int32_t sum_of_numbers(__m256i v) {
+    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+}
+
+/* `count` values, whole vectors of 16, become numbers of up to `largest`; what rounding leaves over stays in `values`. */
 AVX2 INLINED void quantize_group(float *values, int64_t count, float largest, int16_t *numbers, float *step,
                                  int32_t *sum) {
-    float most = 0;
-    int finite = 1;
-    for (int64_t k = 0; k < count; k++) {
-        float size = fabsf(values[k]);
-        most = size > most ? size : most;
-        finite &= size <= FLT_MAX;
-    }
-    float inverse = finite && most >= TINY ? largest / most : 0;
+    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+    __m256i bits = _mm256_setzero_si256(), sums = _mm256_setzero_si256();
+    for (int64_t k = 0; k < count; k += LANES)
+        bits = _mm256_max_epu32(bits, _mm256_and_si256(_mm256_loadu_si256((const __m256i *)(values + k)), magnitude));
+    const float most = largest_of(bits);
+    const int finite = most <= FLT_MAX;
     *step = finite ? (most >= TINY ? most / largest : 0) : NAN; /* what is no number makes the whole row none */
-    *sum = 0;
-    for (int64_t k = 0; k < count; k++) {
-        int32_t number = finite ? (int32_t)rintf(values[k] * inverse) : 0;
-        numbers[k] = (int16_t)number;
-        *sum += number;
-        values[k] -= (float)number * *step;
+    const __m256 inverse = _mm256_set1_ps(finite && most >= TINY ? largest / most : 0);
+    const __m256 kept = _mm256_castsi256_ps(_mm256_set1_epi32(finite ? -1 : 0)), steps = _mm256_set1_ps(*step);
+    for (int64_t k = 0; k < count; k += 2 * LANES) {
+        const __m256i low = quantize_eight(values + k, kept, inverse, steps);
+        const __m256i high = quantize_eight(values + k + LANES, kept, inverse, steps);
+        const __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
+        _mm256_storeu_si256((__m256i *)(numbers + k), both);
+        sums = _mm256_add_epi32(sums, _mm256_add_epi32(low, high));
     }
+    *sum = sum_of_numbers(sums);
+}
+
+/* 16 numbers as bytes, which they fit. */
+AVX2 INLINED __m128i bytes_of(const int16_t *numbers) {
+    const __m128i *from = (const __m128i *)numbers;
+    return _mm_packs_epi16(_mm_loadu_si128(from), _mm_loadu_si128(from + 1));
 }
 
 /* `count` inputs of a row as they are multiplied by the weights. */
@@ -48,14 +69,16 @@ AVX2 INLINED void inputs_of(const Product *p, int64_t row, int64_t start, int64_
 AVX2 static void quantize(const Product *p) {
     const int64_t groups = groups_of(p);
     float values[MOST_GROUP];
+    int16_t numbers[MOST_GROUP];
     for (int64_t row = 0; row < p->rows; row++)
         for (int64_t group = 0; group < groups; group++) {
             const int64_t start = group * p->group, count = least(p->group, p->inputs - start);
+            memset(values, 0, sizeof values);
             inputs_of(p, row, start, count, values);
             for (int64_t part = row * p->parts; part < (row + 1) * p->parts; part++) {
                 int32_t sum;
-                quantize_group(values, count, LARGEST, p->numbers + part * p->inputs + start,
-                               p->step + part * groups + group, &sum);
+                quantize_group(values, MOST_GROUP, LARGEST, numbers, p->step + part * groups + group, &sum);
+                memcpy(p->numbers + part * p->inputs + start, numbers, (size_t)count * sizeof *numbers);
             }
         }
 }
@@ -76,10 +99,8 @@ AVX2 static void quantize_by_fours(const Product *p) {
                 int32_t sum;
                 quantize_group(values, INT4_GROUP, LARGEST_BYTE, numbers, p->step + at, &sum);
                 p->floats[at] = (float)sum * p->step[at];
-                for (int64_t k = 0; k < half; k++) {
-                    to[k] = (int8_t)numbers[k];
-                    to[k + FILLED / 2] = (int8_t)numbers[k + half];
-                }
+                _mm_storeu_si128((__m128i *)to, bytes_of(numbers));
+                _mm_storeu_si128((__m128i *)(to + FILLED / 2), bytes_of(numbers + half));
             }
         }
 }
@@ -100,7 +121,8 @@ AVX2 static void quantize_by_halves(const Product *p) {
                 int32_t sum;
                 quantize_group(values, HALF, LARGEST_BYTE, numbers, p->step + at, &sum);
                 p->floats[at] = (float)sum * p->step[at];
-                for (int k = 0; k < HALF; k++) bytes[k / 4 * 64 + k % 4] = (int8_t)numbers[k];
+                const __m128i own = bytes_of(numbers);
+                for (int k = 0; k < HALF / 4; k++) memcpy(bytes + 64 * k, (const char *)&own + 4 * k, 4);
             }
         }
 }
