@@ -350,3 +350,16 @@ def _keeping_in_cache(stock: type[Any]) -> type[Any]:
         return torch.cat(outputs, dim=1), None
 
     return type(stock.__name__, (stock,), {"forward": forward, "__module__": stock.__module__})
+
+
+def at_fixed_angles(model: StockModel, **inputs: Any) -> Any:
+    """A forward on the meta device, where kinds of positions that change with the length (dynamic) cannot compare it:
+    they are turned as at every other length, which changes no shape."""
+    ropes: list[tuple[Any, Any]] = [(part, part.rope_type) for part in model.modules() if hasattr(part, "rope_type")]
+    try:
+        for part, kind in ropes:
+            part.rope_type = dict.fromkeys(kind, "default") if isinstance(kind, dict) else "default"
+        return model(**inputs)
+    finally:
+        for part, kind in ropes:
+            part.rope_type = kind

@@ -34,6 +34,7 @@ from griffin_offload.transformers_api import (
     WITHOUT_ATTENTION,
     DummyLayer,
     StockModel,
+    at_fixed_angles,
     stock_cache,
 )
 
@@ -251,7 +252,7 @@ def _pass_tokens(
             layer.forward = partial(run, index, layer.forward)
         model.eval()
         tokens = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
-        model(input_ids=tokens, use_cache=True, **{CACHE: cache})
+        at_fixed_angles(model, input_ids=tokens, use_cache=True, **{CACHE: cache})
     finally:
         model.train(training)
         for layer in decoder:

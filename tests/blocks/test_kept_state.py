@@ -68,6 +68,28 @@ def test_layers_of_different_heads_are_counted_one_by_one():
     assert (shape.kv_width, shape.attention_width) == (64, 4 * 16)
 
 
+_LATENT: dict[str, Any] = {"q_lora_rank": 8, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "width"),
+    [
+        (hf.FalconConfig, {"multi_query": True, "alibi": False}, 2 * 8),  # keys and values of one head
+        (hf.DeepseekV3Config, {**_LATENT, "v_head_dim": 16, "first_k_dense_replace": 2}, 16 + 8),
+    ],
+    ids=["falcon", "deepseek_v3"],
+)
+@pytest.mark.parametrize("rope", ["dynamic", "default"])
+def test_positions_that_change_with_the_length_change_nothing_of_what_is_kept(kind: Any, sizes: Any, width: int, rope):
+    """Angles that grow with the text cannot be computed before it is there; the KV entries are as large as ever."""
+    turned = {"rope_type": rope, "rope_theta": 1e4, "factor": 4.0}
+    config = kind(**{**_SIZES, "num_attention_heads": 4, **sizes}, rope_parameters=turned)
+    model = build_on_meta(config, torch.float32)
+    shape = model_shape(model)
+    assert [width_of(shape, layer) for layer in shape.layers] == [width, width]
+    assert {part.rope_type for part in model.modules() if hasattr(part, "rope_type")} == {rope}
+
+
 def test_the_text_decoder_is_found_beside_a_tower_of_as_many_layers():
     tower = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 4}
     text = {**_HEADS, "head_dim": 8}
