@@ -19,6 +19,7 @@ Messages are one line: what was found, the numbers, and the remedy after a colon
 """
 
 import errno
+import os
 from pathlib import Path
 
 # Of a line on a terminal: enough for the longest of ours with two paths in it.
@@ -160,13 +161,18 @@ def why_unusable(path: Path, error: Exception, use: str = "read") -> str:
     reason = limit_reached(error) or error.strerror or one_line(error)
     if isinstance(error, PermissionError):
         return f"{reason} {_forbidden(path, use)} (chmod, or chown)"
+    if error.errno == errno.ENOENT and path.is_symlink():  # as in a copy of the hub's cache
+        return (
+            f"it is a link to {os.readlink(path)}, which is not there: copy what it names (cp -L), or download it again"
+        )
     remedy = _REMEDIES.get(error.errno or 0)
     return reason if remedy is None else f"{reason}: {remedy}"
 
 
 def _forbidden(path: Path, use: str) -> str:
-    """Whose mode keeps this user out: the file's, or that of a directory on the way to it."""
-    for place in (path, *path.absolute().parents):
+    """Whose mode keeps this user out: the file's, or that of a directory on the way to it, or to what it is a link
+    to."""
+    for place in (path, *Path(os.path.realpath(path)).parents, *path.absolute().parents):
         try:
             mode = place.stat().st_mode & 0o7777
         except PermissionError:

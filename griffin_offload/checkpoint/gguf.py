@@ -181,7 +181,7 @@ def _files(path: Path) -> list[Path]:
         return _shards(path) if is_gguf(path) else []
     if (path / SINGLE).exists() or (path / INDEX).exists():
         return []
-    found = sorted(file for file in path.glob("*.gguf") if file.is_file() and "mmproj" not in file.name)
+    found = sorted(file for file in path.glob("*.gguf") if not file.is_dir() and "mmproj" not in file.name)
     models = {_stem(file) for file in found}
     if len(models) > 1:
         raise UsageError(f"{path} holds {len(models)} models as GGUF files: give one of them, such as {found[0]}")
@@ -202,7 +202,7 @@ def _shards(file: Path) -> list[Path]:
         raise CheckpointError(f"{file} is one of {count} files by its name: at most {_MOST_SHARDS} are read")
     files = [file.with_name(f"{match['stem']}-{n + 1:05d}-of-{count:05d}.gguf") for n in range(count)]
     for shard in files:
-        if not shard.is_file():
+        if not (shard.is_file() or shard.is_symlink()):
             raise CheckpointError(f"{shard} is absent, one of the {count} files of this model: download it again")
     return files
 

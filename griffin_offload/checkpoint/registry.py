@@ -18,12 +18,12 @@ from griffin_offload.checkpoint.adapter import with_adapter
 from griffin_offload.checkpoint.base import Checkpoint, StoredTensor
 from griffin_offload.checkpoint.config_files import is_there, load_config
 from griffin_offload.checkpoint.converted import ConvertedCheckpoint, mark_of, open_converted
-from griffin_offload.checkpoint.files import check_name
+from griffin_offload.checkpoint.files import check_content, check_name
 from griffin_offload.checkpoint.gguf import open_gguf
 from griffin_offload.checkpoint.hub import fetch, is_hub_id
 from griffin_offload.checkpoint.quantised import open_quantised, read_quantised_config
 from griffin_offload.checkpoint.renaming import names_left_out
-from griffin_offload.checkpoint.safetensors import SafetensorsCheckpoint, open_safetensors
+from griffin_offload.checkpoint.safetensors import INDEX, SINGLE, SafetensorsCheckpoint, open_safetensors
 from griffin_offload.errors import CheckpointError, ModelNotFound, UsageError, unreadable, why_unusable
 from griffin_offload.formats import get
 from griffin_offload.formats.translated import on_grids
@@ -33,6 +33,8 @@ _WHAT_IS_AN_ADAPTER = "give the directory, or the hub id, of an adapter that pef
 _WHAT_IS_A_MODEL = "give a checkpoint directory, a GGUF file or a hub id such as org/name (or org/name:FILE.gguf)"
 Opener = Callable[[Path], Checkpoint | None]
 """Opens the file or directory if it is of its kind; None if it is not. Errors: CheckpointError, UnsupportedModel."""
+# Files that are read of a directory where they are: as links to nothing they would be taken for absent.
+_NEEDED = ("config.json", "generation_config.json", SINGLE, INDEX)
 _KINDS: list[Opener] = [open_converted, open_gguf, open_quantised, open_safetensors]
 
 
@@ -63,16 +65,20 @@ def _opened(model: str | Path, path: Path) -> Checkpoint:
         found = kind(path)
         if found is not None:
             return found
+    check_content(path)  # of a GGUF file that may not be read, or is a pointer, nothing tells what it is
     raise ModelNotFound(f"{model} is a file, and no GGUF file: give the checkpoint's directory")
 
 
 def _check_readable(directory: Path) -> None:
-    """CheckpointError for a directory whose files nobody but another user may list or open."""
+    """CheckpointError for a directory whose files nobody but another user may list or open, and for links in it that
+    lead to nothing, or to where this user may not go."""
     try:
         os.listdir(directory)
-        (directory / "config.json").is_file()
+        links = [path for name in _NEEDED if (path := directory / name).is_symlink()]
     except OSError as error:
         raise CheckpointError(unreadable(directory, error)) from error
+    for path in links:
+        check_content(path)
 
 
 def read_config(path: str | Path) -> Checkpoint:
@@ -118,6 +124,8 @@ def locate(model: str | Path, remedy: str = _WHAT_IS_A_MODEL, *, offline: bool =
                 f"revision is {hub['revision']!r}, and {model} is a directory, which has none: leave it out"
             )
         return path
+    if path.is_symlink():
+        check_content(path)
     if not is_hub_id(model):
         raise ModelNotFound(f"no directory or file {model}: {remedy}")
     if not path.parent.is_dir():

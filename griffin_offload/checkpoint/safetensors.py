@@ -101,6 +101,8 @@ def _files_of(directory: Path, names: set[str]) -> list[Path]:
         if path.parent != directory:
             raise CheckpointError(f"{directory / INDEX} names {path}, outside of the checkpoint")
         if not os.path.isfile(path):  # unlike Path's own, it takes any name
+            if os.path.islink(path):
+                check_content(path)
             raise CheckpointError(f"{path} is named by the index but absent: download it again")
     return files
 

@@ -36,7 +36,7 @@ _READERS = (
 
 def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer of a checkpoint; CheckpointError if there is none that can be loaded."""
-    files = sorted({path for pattern in _PATTERNS for path in directory.glob(pattern) if path.is_file()})
+    files = sorted({path for pattern in _PATTERNS for path in directory.glob(pattern) if not os.path.isdir(path)})
     for path in files:
         if path.suffix in (".json", ".jinja", ".txt") or not (directory / _WHOLE).is_file():
             check_content(path)

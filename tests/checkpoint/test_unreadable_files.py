@@ -47,6 +47,12 @@ def test_pointers_of_git_lfs(copy: Path, name: str):
         use(copy)
 
 
+def test_a_pointer_in_the_place_of_a_gguf_file(tmp_path: Path):
+    (tmp_path / "model.gguf").write_text(POINTER)
+    with pytest.raises(CheckpointError, match=r"model\.gguf is a pointer of git-lfs"):
+        open_checkpoint(tmp_path / "model.gguf")
+
+
 def test_a_template_that_is_a_pointer_is_no_template(copy: Path):
     """Any text is a template: without a check it would be every prompt."""
     (copy / "chat_template.jinja").write_text(POINTER)
@@ -127,6 +133,54 @@ def test_directories_of_another_user(copy: Path, rights: int):
     )
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no users as POSIX has them")
+def test_gguf_files_of_another_user(copy: Path):
+    """Nobody can tell what kind of file it is; that it is no GGUF file is not known either."""
+    _let_others_read(copy)
+    file = copy / "model.gguf"
+    file.write_bytes(b"GGUF")
+    file.chmod(0o600 if os.geteuid() == 0 else 0)
+    said = _said_to_another_user(copy, lambda: open_checkpoint(file))
+    assert "model.gguf cannot be read: Permission denied (mode " in said
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no users as POSIX has them")
+def test_links_into_a_directory_of_another_user(copy: Path):
+    """As into the cache of the hub that root has: closed is the directory there, and not that of the links."""
+    _let_others_read(copy)
+    blobs = copy.rename(copy.with_name("blobs"))
+    copy.mkdir()
+    copy.chmod(0o755)
+    for path in blobs.iterdir():
+        (copy / path.name).symlink_to(path)
+    blobs.chmod(0o700 if os.geteuid() == 0 else 0)
+    said = _said_to_another_user(copy)
+    blobs.chmod(0o755)
+    assert f"config.json cannot be read: Permission denied in {blobs} (mode " in said
+    assert "let this user enter it" in said
+
+
+LINKED = ["config.json", INDEX, SHARD, "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+
+
+@pytest.mark.parametrize("name", [*LINKED, "chat_template.jinja", "model.gguf"])
+def test_links_to_what_is_not_there(copy: Path, name: str):
+    """A snapshot of the hub's cache that was copied without its blobs. Taken for absent, a template or settings of the
+    model would be missed by nobody."""
+    (copy / name).unlink(missing_ok=True)
+    (copy / name).symlink_to("../../blobs/0123")
+    with pytest.raises(
+        GriffinError, match=rf"{name} cannot be read: it is a link to \.\./\.\./blobs/0123, which is not"
+    ):
+        use(copy / name if name.endswith("gguf") else copy)
+
+
+def test_links_that_nobody_follows_do_not_matter(copy: Path):
+    for name in ("README.md", "pytorch_model.bin", "consolidated.safetensors"):
+        (copy / name).symlink_to("../../blobs/0123")
+    use(copy)
+
+
 def _let_others_read(copy: Path) -> None:
     for path in copy.iterdir():
         path.chmod(0o644)
@@ -135,8 +189,8 @@ def _let_others_read(copy: Path) -> None:
             parent.chmod(parent.stat().st_mode | 0o055)
 
 
-def _said_to_another_user(copy: Path) -> str:
-    """The error of a process without root's rights that uses the checkpoint."""
+def _said_to_another_user(copy: Path, work: Callable[[], object] | None = None) -> str:
+    """The error of a process without root's rights that uses the checkpoint, or does `work`."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -146,7 +200,7 @@ def _said_to_another_user(copy: Path) -> str:
                 os.setgroups([])
                 os.setgid(65534)
                 os.setuid(65534)
-            use(copy)
+            use(copy) if work is None else work()
         except BaseException as error:
             said = f"{type(error).__name__}: {error}"
         os.write(write, said.encode())
