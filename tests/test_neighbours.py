@@ -73,6 +73,9 @@ REPORTED: dict[str, Kind] = {
             config.json | model.safetensors.index.json | tokenizer.json | generation_config.json]
         checkpoint/test_unreadable_files.py::test_directories_of_another_user[closed | not listed | not entered]
         checkpoint/test_unreadable_files.py::test_a_shard_that_could_not_be_opened_is_not_called_damaged
+        checkpoint/test_unreadable_files.py::test_gguf_files_of_another_user
+        checkpoint/test_unreadable_files.py::test_links_into_a_directory_of_another_user
+        checkpoint/test_unreadable_files.py::test_links_to_what_is_not_there[config.json | chat_template.jinja]
         cli/test_places.py::test_places_that_nothing_can_be_read_from[
             prompt | schema | saved | adapter | model | models | config | key | requests | text | rows | prompts]
         cli/test_places.py::test_places_that_nothing_can_be_written_to[answers | copy | export | pictures]
@@ -170,6 +173,7 @@ REPORTED: dict[str, Kind] = {
             config.json | model.safetensors.index.json | tokenizer_config.json | generation_config.json]
         checkpoint/test_unreadable_files.py::test_a_template_that_is_a_pointer_is_no_template
         checkpoint/test_unreadable_files.py::test_pointers_that_nobody_reads_do_not_matter
+        checkpoint/test_unreadable_files.py::test_a_pointer_in_the_place_of_a_gguf_file
         """,
     ),
     "tokens of log probabilities without their spaces": (

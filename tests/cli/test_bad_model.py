@@ -114,7 +114,6 @@ PATHS = {
     "a drive of Windows": "C:/absent",
     "one word": "absent",
     "beside others": "here/absent",
-    "a link to nothing": "here/link",
 }
 
 
@@ -124,7 +123,6 @@ def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: pytest.fail("the hub is asked"))
     (tmp_path / "here").mkdir()
-    (tmp_path / "here" / "link").symlink_to("nothing")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -138,6 +136,12 @@ def test_what_looks_like_a_path_is_not_asked_of_the_hub(cli, no_hub: Path, llama
     words = words if here else "give the directory, or the hub id, of an adapter"
     adapted = ("plan", "-m", llama, "--adapter", missing)
     cli.refuses(4, rf"no directory or file {re.escape(missing)}[:,].*{words}", *adapted)
+
+
+def test_a_link_to_nothing_is_named(cli, no_hub: Path, llama: Path):
+    (no_hub / "here" / "link").symlink_to("nothing")
+    for command in ("-m", "here/link"), ("-m", llama, "--adapter", "here/link"):
+        cli.refuses(4, r"here/link cannot be read: it is a link to nothing, which is not there", "plan", *command)
 
 
 def test_a_hub_id_that_is_cached_is_found_beside_a_folder_of_its_first_part(no_hub: Path, monkeypatch, llama: Path):

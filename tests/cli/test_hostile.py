@@ -51,7 +51,7 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "shard with a NUL": (name_a_shard("a\0b"), "named by the index but absent"),
     "shard of half a letter": (name_a_shard("\ud800"), "named by the index but absent"),
     "shard a device": (link_a_shard("/dev/zero"), "named by the index but absent"),
-    "shard a circle": (link_a_shard(), "named by the index but absent"),
+    "shard a circle": (link_a_shard(), "Too many levels of symbolic links: check the name"),
     "index not UTF-8": (write(INDEX, b'{"weight_map": {"\xff": "a"}}'), "cannot be read"),
     "index without end": (write(INDEX, '{"a":' * 50_000), "cannot be read"),
     "index with a long number": (write(INDEX, '{"weight_map": %s}' % ("9" * 5000)), "cannot be read"),
