@@ -34,7 +34,7 @@ _FILLED = 256  # inputs of rows in groups are filled up to a multiple of it at m
 _LANES = 16
 _BY_TILES, _BY_LANES = 2, 3  # as gemv.c has them
 _TILE = 256  # floats of a tile
-_FEW = 2  # rows
+_FEW = 3  # rows
 _ALIKE = 22  # rows
 _LEVELS = 2048  # floats, of a table of the tiles' kernel for strips
 _TILED = ("int4_rows", "int4_strips", "int8", "float")
@@ -392,5 +392,5 @@ def takes_bytes(x: Tensor, tensors: Tensors) -> bool:
 
 
 def takes_lanes(x: Tensor, tensors: Tensors) -> bool:
-    """Whether outputs as lanes are the faster way: from three rows on."""
+    """Whether outputs as lanes are the faster way: from four rows on."""
     return ((_apart and x.shape[0] > _FEW) or x.shape[0] > _ALIKE) and not needs_gradient(x)

@@ -133,8 +133,8 @@ def test_a_few_rows_are_summed_in_another_order_where_they_are_sequences_alone()
         found = table.products("int4_rows", rows, x, scratch, resident=True)
         return next(kernel.name for kernel in found if kernel.takes is None or kernel.takes(x, tensors))
 
-    assert [first(rows) for rows in (2, 3, 22)] == ["multiply_int4_rows"] * 3
+    assert [first(rows) for rows in (3, 4, 22)] == ["multiply_int4_rows"] * 3
     assert first(23) == "multiply_int4_rows (lanes)"
     with gemv.rows_apart():
-        assert [first(rows) for rows in (2, 3, 22)] == ["multiply_int4_rows", *["multiply_int4_rows (lanes)"] * 2]
-    assert first(3) == "multiply_int4_rows"
+        assert [first(rows) for rows in (3, 4, 22)] == ["multiply_int4_rows", *["multiply_int4_rows (lanes)"] * 2]
+    assert first(4) == "multiply_int4_rows"
