@@ -30,6 +30,7 @@ def main() -> int:
         max_gpu_mem=args.max_mem,
         threads=args.threads,
     )
+    model.generation_config.eos_token_id = None  # answers are as long as they may be, as in parallel.py
     print(json.dumps({"ready": args.dir}), flush=True)
     for line in sys.stdin:
         count, prompt_tokens, tokens = map(int, line.split())
@@ -37,7 +38,7 @@ def main() -> int:
         prompts = torch.randint(3, model.config.vocab_size, (count, 1, prompt_tokens), generator=random)
         clock, processor, made, rates = time.perf_counter(), time.process_time(), 0, []
         for prompt in prompts:
-            answer = model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+            answer = model.generate(prompt, max_new_tokens=tokens, do_sample=False)
             made += answer.shape[1] - prompt_tokens
             rates.append(model.last_report.decode_tokens_per_s)
         taken = {"seconds": time.perf_counter() - clock, "processor_s": time.process_time() - processor}
