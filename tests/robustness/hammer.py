@@ -92,7 +92,7 @@ def quantise(r: random.Random, library: compiled.Library) -> None:
     weight = _numbers(r, rows, columns, r.choice(DTYPES), apart=r.random() < 0.5)
     divisor = torch.rand(columns) + 0.1 if r.random() < 0.5 else None
     quantize.largest_of_rows(weight, divisor)
-    quantize.column_norms(weight)
+    quantize.column_norms(weight, torch.rand(rows) + 0.1 if r.random() < 0.5 else None)
     apart = r.randrange(3)
     out = torch.empty(rows * (columns + apart) - apart, dtype=torch.int8).as_strided(
         (rows, columns), (columns + apart, 1)

@@ -4,12 +4,15 @@ GRIFFIN_SANITIZERS=1 pytest tests/robustness
 """
 
 import os
+import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from robustness import hammer
 
 import griffin_offload
 from griffin_offload.kernels.library import library
@@ -23,11 +26,7 @@ OPTIONS = {
     "TSAN_OPTIONS": "exitcode=66:report_signal_unsafe=0",
     "UBSAN_OPTIONS": "print_stacktrace=1",
 }
-pytestmark = [
-    pytest.mark.skipif("GRIFFIN_SANITIZERS" not in os.environ, reason="takes minutes: set GRIFFIN_SANITIZERS=1"),
-    pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc builds the kernels with sanitizers"),
-    pytest.mark.skipif(library() is None, reason="another processor, or no compiler"),
-]
+pytestmark = pytest.mark.skipif(library() is None, reason="another processor, or no compiler")
 
 
 def _runtime(sanitizer: str) -> str:
@@ -49,6 +48,10 @@ def _build(sanitizer: str, target: Path) -> Path:
 
 @pytest.fixture(scope="module", params=RUNTIMES)
 def sanitizer(request: pytest.FixtureRequest) -> str:
+    if "GRIFFIN_SANITIZERS" not in os.environ:
+        pytest.skip("takes minutes: set GRIFFIN_SANITIZERS=1")
+    if shutil.which("gcc") is None:
+        pytest.skip("gcc builds the kernels with sanitizers")
     name: str = request.param
     return name
 
@@ -69,6 +72,13 @@ def _run(sanitizer: str, built: Path, what: str) -> tuple[int, str]:
         text=True,
     )
     return done.returncode, f"{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("call", hammer.CALLS, ids=lambda call: call.__name__)
+def test_what_is_called_on_demand_can_be_called(call: hammer.Call):
+    """By the installed library, once: kernels change more often than sanitizers run."""
+    torch.manual_seed(0)
+    call(random.Random(0), library())
 
 
 def test_kernels_called_from_several_threads(sanitizer: str, built: Path):
